@@ -1,6 +1,32 @@
-"""Fused kernels for Gemma 4."""
+"""Fused kernels for Gemma 4: attention to head_dim 512, K-equals-V from a V-only cache, image blocks.
+
+Importing this imports neither Triton nor a compiled module nor transformers; each is loaded at its first use.
+"""
 
 from gemma4_kernels._version import __version__
+from gemma4_kernels.attention.api import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    k_eq_v_attention,
+)
+from gemma4_kernels.backends import explain, use_backend
+from gemma4_kernels.checks import BackendError, DeviceError, DTypeError, ShapeError, StrideError
 from gemma4_kernels.geometry import GEMMA4_12B, GEMMA4_12B_DRAFTER
 
-__all__ = ["GEMMA4_12B", "GEMMA4_12B_DRAFTER", "__version__"]
+__all__ = [
+    "GEMMA4_12B",
+    "GEMMA4_12B_DRAFTER",
+    "BackendError",
+    "DTypeError",
+    "DeviceError",
+    "ShapeError",
+    "StrideError",
+    "__version__",
+    "explain",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "k_eq_v_attention",
+    "use_backend",
+]

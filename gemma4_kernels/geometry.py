@@ -1,14 +1,14 @@
 """The shapes of the Gemma 4 family: head counts, head dims, windows, kinds of layers.
 
 Kernels never read these constants: they take every size from the call. Bench cases, the reference model, and callers
-that allocate caches do. Sources: the configuration classes of transformers 5.23 (`gemma4_unified`, `gemma4_unified_assistant`,
-`gemma4`) and the `config.json` of each released checkpoint.
+that allocate caches do. Sources: the configuration classes of transformers 5.23 (`gemma4_unified`, `gemma4`, and their
+assistants) and the `config.json` of each released checkpoint.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 LayerKind = Literal["sliding", "full"]
 
@@ -68,7 +68,12 @@ class ModelGeometry:
         return self.layers.count(kind)
 
 
-def _attention(heads: int, sliding_kv: int, full_kv: int, window: int, k_eq_v: bool) -> dict[str, AttentionGeometry]:
+class _BothKinds(TypedDict):
+    sliding: AttentionGeometry
+    full: AttentionGeometry
+
+
+def _attention(heads: int, sliding_kv: int, full_kv: int, window: int, k_eq_v: bool) -> _BothKinds:
     """Both kinds of layers of a family member; head dims, RoPE bases and the rotated quarter are common to all."""
     return {
         "sliding": AttentionGeometry(heads, sliding_kv, 256, window, False, 1e4, 1.0),
