@@ -1,0 +1,27 @@
+"""Common to all tests: two threads, and derandomised hypothesis where CI runs."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+try:
+    import hypothesis
+except ImportError:  # an optional test dependency: tests that need it skip themselves
+    pass
+else:
+    hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
+    hypothesis.settings.register_profile("default", deadline=None, max_examples=60)
+    hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="no CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
