@@ -210,7 +210,7 @@ def _survey(call: Call, requested: str | None) -> Explanation:
     for backend in BACKENDS:
         implementation = _implementations.get((call.op, backend))
         if implementation is None:
-            refusal: str | None = f"has no {call.op} in this version"
+            refusal: str | None = "has no kernel for this op in this version"
         else:
             refusal = implementation.refusal(call)
         if refusal is not None:

@@ -49,8 +49,11 @@ def has_shape(function: str, name: str, tensor: Tensor, expected: Sequence[int |
         isinstance(want, str) or have == want for have, want in zip(tensor.shape, expected, strict=True)
     )
     if not fits:
-        wanted = ", ".join(str(size) for size in expected)
-        raise ShapeError(f"{function}: {name} must have shape ({wanted}), got {tuple(tensor.shape)}")
+        raise ShapeError(f"{function}: {name} must have shape {_sizes(expected)}, got {_sizes(tensor.shape)}")
+
+
+def _sizes(sizes: Sequence[int | str]) -> str:
+    return f"({', '.join(str(size) for size in sizes)})"
 
 
 def has_dtype(function: str, name: str, tensor: Tensor, expected: Sequence[torch.dtype]) -> None:

@@ -226,8 +226,9 @@ def _row_max(scores: Tensor) -> Tensor:
     """(Hkv, M, T) -> (Hkv, M, 1)."""
     if scores.stride(-1) != 1 and scores.shape[-1] % CHUNK_KEYS == 0:
         # Keys lie slowest in memory. PyTorch's amax is not vectorised there; over a wide inner dim it is (13x here).
-        by_key = scores.transpose(1, 2).unflatten(1, (16, -1))  # (Hkv, 16, T/16, M)
-        return by_key.flatten(2).amax(dim=1).unflatten(1, (-1, scores.shape[1])).amax(dim=1).unsqueeze(-1)
+        heads, rows, size = scores.shape
+        by_key = scores.transpose(1, 2).reshape(heads, 16, -1)  # (Hkv, 16, T/16 * M)
+        return by_key.amax(dim=1).view(heads, size // 16, rows).amax(dim=1).unsqueeze(-1)
     return scores.amax(dim=-1, keepdim=True)
 
 

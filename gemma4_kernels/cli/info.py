@@ -1,0 +1,138 @@
+"""`gemma4-kernels info`: versions, devices, and which backend serves which op on each device, with every refusal's reason.
+
+It must answer on any machine: whatever cannot be found out becomes a sentence in its place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gemma4_kernels import backends, environment
+from gemma4_kernels._version import __version__
+
+LIBRARIES = ("torch", "numpy", "triton", "transformers", "gguf")
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("info", help="versions, devices, and which backend serves what, and why")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    found = collect()
+    print(json.dumps(found, indent=2) if arguments.json else render(found))
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """All that `info` shows, as plain data."""
+    devices = _devices()
+    return {
+        "gemma4_kernels": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "compiled_module": _compiled_module(),
+        "torch_cuda_build": torch.version.cuda or "none",
+        "environment": {"GEMMA4_BACKEND": environment.requested_backend() or "auto"},
+        "devices": devices,
+        "ops": {op: {device["name"]: _choices(op, device) for device in devices} for op in backends.ops()},
+    }
+
+
+def render(found: dict[str, Any]) -> str:
+    lines = [f"gemma4_kernels {found['gemma4_kernels']}, Python {found['python']}, {found['platform']}", ""]
+    rows = [(name, version) for name, version in found["libraries"].items()]
+    rows.append(("_C", found["compiled_module"]))
+    rows += [(name, value) for name, value in found["environment"].items()]
+    width = max(len(name) for name, _ in rows)
+    lines += [f"  {name:<{width}}  {value}" for name, value in rows]
+    lines += ["", "Devices"]
+    lines += [f"  {device['name']}: {device['detail']}" for device in found["devices"]]
+    for op, by_device in found["ops"].items():
+        lines += ["", op]
+        for device, choices in by_device.items():
+            lines.append(f"  on {device}")
+            lines += [
+                f"    {'->' if choice['taken'] else '  '} {choice['backend']:<7} {choice['reason']}"
+                for choice in choices
+            ]
+    return "\n".join(lines)
+
+
+def _version(library: str) -> str:
+    """What is installed, without importing it: a broken installation must not break `info`."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+    except Exception as error:
+        return f"unknown ({_sentence(error)})"
+
+
+def _compiled_module() -> str:
+    try:
+        present = importlib.util.find_spec("gemma4_kernels._C") is not None
+    except Exception as error:
+        return f"unknown ({_sentence(error)})"
+    return "built" if present else "not built"
+
+
+def _devices() -> list[dict[str, str]]:
+    cpu = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    devices = [{"name": "cpu", "device_type": "cpu", "architecture": "cpu", "detail": cpu}]
+    devices += _or_nothing("cuda", _cuda_devices)
+    devices += _or_nothing("mps", _mps_devices)
+    return devices
+
+
+def _or_nothing(kind: str, look: Callable[[], list[dict[str, str]]]) -> list[dict[str, str]]:
+    try:
+        return look()
+    except Exception as error:  # a driver may fail in any way it likes
+        print(f"info: {kind} devices could not be listed: {_sentence(error)}", file=sys.stderr)
+        return []
+
+
+def _cuda_devices() -> list[dict[str, str]]:
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        architecture = f"sm_{properties.major}{properties.minor}"
+        detail = (
+            f"{properties.name}, {architecture}, {properties.total_memory / 2**30:.1f} GiB, "
+            f"{properties.multi_processor_count} SMs"
+        )
+        found.append({"name": f"cuda:{index}", "device_type": "cuda", "architecture": architecture, "detail": detail})
+    return found
+
+
+def _mps_devices() -> list[dict[str, str]]:
+    if not torch.backends.mps.is_available():
+        return []
+    return [{"name": "mps", "device_type": "mps", "architecture": "mps", "detail": "Apple GPU"}]
+
+
+def _choices(op: str, device: dict[str, str]) -> list[dict[str, Any]]:
+    try:
+        explanation = backends.explain(
+            op, device_type=device["device_type"], architecture=device["architecture"], dtype=torch.bfloat16
+        )
+    except Exception as error:
+        return [{"backend": "all", "taken": False, "reason": _sentence(error)}]
+    return [vars(choice) for choice in explanation.choices]
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
