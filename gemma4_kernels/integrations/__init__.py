@@ -1,0 +1,1 @@
+"""Runtimes that use the kernels. Each module imports its runtime only when it is imported itself."""
