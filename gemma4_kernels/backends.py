@@ -136,6 +136,11 @@ def ops() -> tuple[str, ...]:
     return tuple(_describers)
 
 
+def served() -> tuple[tuple[str, str, str], ...]:
+    """(op, shape class, backend) of every kind of call served so far in this process, in order of name."""
+    return tuple(sorted(_logged))
+
+
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Serve every call inside the block with the named backend, or raise BackendError where it cannot.
