@@ -195,3 +195,11 @@ def test_memory_does_not_grow_with_the_sequence():
     assert short > 1 << 20  # the profiler did see allocations
     assert long < 64 << 20
     assert long < 1.1 * short + (1 << 20)
+
+
+@pytest.mark.parametrize("rows", [9, 30])
+def test_rows_before_the_first_key_see_no_image_at_the_first_key(rows):
+    q, k, v = qkv(rows=rows, keys=4)
+    ids = torch.tensor([[0, 0, -1, -1]] * 2, dtype=torch.int32)
+    out = flash_attn_func(q, k, v, 1.0, True, block_ids=ids)
+    assert (out[:, : rows - 4] == 0).all()
