@@ -10,8 +10,8 @@ masks on the way to the layers:
     None            nothing but causality and the window, which attention knows
     int32           channel 0: block id of each key, -1 for none, -2 for padding (block_ids of `flash_attn_func`)
                     channel 1, with caches that have room beyond their last row: 1 for rows in use
-    int64           the same, where blocks are free of the window: a bare forward of transformers 5.23 masks images so,
-                    its generate() does not
+    int64           the same, where blocks are free of the window: so a forward of transformers 5.23 masks images; masks
+                    that generate() prepares ahead, for static caches, keep them inside it
     bool            with one query row: the keys it sees, window and all (the drafter, and masks that users make)
 """
 
