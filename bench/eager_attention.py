@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -43,21 +44,20 @@ def sliding_prefill(pairs: int, keys: int = 8192) -> None:
     v = draw.values((1, keys, layer.num_kv_heads, layer.head_dim), rng)
     token = torch.arange(keys)
     mask = (token <= token[:, None]) & (token > token[:, None] - layer.window)  # (S, S)
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    sdpa_q, sdpa_k, sdpa_v = (x.transpose(1, 2) for x in (q, k, v))  # (1, heads, S, D)
 
-    def ours() -> torch.Tensor:
-        return flash_attn_func(q, k, v, 1.0, True, layer.window_size)  # type: ignore[return-value]
+    def ours(size: int = keys) -> torch.Tensor:
+        return _out(flash_attn_func(q[:, :size], k[:, :size], v[:, :size], 1.0, True, layer.window_size))
 
     def theirs() -> torch.Tensor:
-        return scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=1.0, enable_gqa=True).transpose(1, 2)
+        return scaled_dot_product_attention(sdpa_q, sdpa_k, sdpa_v, attn_mask=mask, scale=1.0, enable_gqa=True)
 
     print(
         f"\nSliding layer, {layer.num_heads} x {layer.head_dim} over {layer.num_kv_heads}, window {layer.window}, S = {keys}"
     )
     compare("SDPA with the mask", ours, theirs, pairs)
     for size in (keys // 4, keys):
-        part = [x[:, :size] for x in (q, k, v)]
-        extra = peak_bytes(lambda part=part: flash_attn_func(*part, 1.0, True, layer.window_size))
+        extra = peak_bytes(partial(ours, size))
         print(f"  memory beyond the output at S = {size}: {extra / MIB:.1f} MiB")
 
 
@@ -71,7 +71,7 @@ def full_decode(pairs: int, keys: int = 32768) -> None:
     k, v = draw.keys((1, 1, keys, layer.head_dim), rng), draw.values((1, 1, keys, layer.head_dim), rng)
 
     def ours() -> torch.Tensor:
-        return k_eq_v_attention(q, values, weight, inv_freq)  # type: ignore[return-value]
+        return _out(k_eq_v_attention(q, values, weight, inv_freq))
 
     print(f"\nFull layer, one row, {layer.num_heads} x {layer.head_dim} over 1, {keys} cached tokens")
     print(f"  cache: {values.nbytes / MIB:.0f} MiB of values alone, {(k.nbytes + v.nbytes) / MIB:.0f} MiB of both")
@@ -91,6 +91,11 @@ def compare(name: str, ours: Callable[[], torch.Tensor], theirs: Callable[[], to
     ratio = statistics.median(other / own for own, other in times)
     own, other = (statistics.median(column) * 1e3 for column in zip(*times, strict=True))
     print(f"  ours {own:.1f} ms, {name} {other:.1f} ms: {ratio:.2f}x as fast")
+
+
+def _out(result: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    assert isinstance(result, torch.Tensor)  # without return_lse
+    return result
 
 
 def seconds(call: Callable[[], torch.Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""Common to all tests: two threads, and derandomised hypothesis where CI runs."""
+"""Common to all tests: one thread, and derandomised hypothesis where CI runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-torch.set_num_threads(2)
+# The tensors are small: more threads would mostly wait for each other, for minutes where other jobs hold the cores.
+torch.set_num_threads(1)
 
 try:
     import hypothesis

@@ -20,8 +20,6 @@ from transformers import (
     Gemma4UnifiedTextConfig,
 )
 
-torch.set_num_threads(2)
-
 VOCAB = 400
 HIDDEN = 64
 WINDOW = 12

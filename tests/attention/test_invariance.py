@@ -12,6 +12,15 @@ DTYPES = [torch.bfloat16, torch.float32]
 ROWS = 16
 
 
+@pytest.fixture(params=[1, 2], autouse=True)
+def threads(request):
+    """A BLAS library may divide a product among threads, and with it the order of its sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request):
     return request.param
