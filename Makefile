@@ -6,6 +6,7 @@
 # Each sets up .venv first, if it is not there or its inputs have changed.
 
 PYTHON ?= python3
+PIP_TORCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -14,10 +15,12 @@ READY := $(VENV)/.ready
 
 setup: $(READY)
 
-# torch comes first and pinned: left to a dependency, pip would fetch the newest build with several GB of CUDA.
+# torch comes first, because everything else depends on it, and audibly, because it is by far the largest download: the
+# builds for Linux in the public index carry CUDA (several GB). PIP_TORCH takes other options for it: an index or a folder
+# with a CPU build, for instance.
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==$(shell sed -n 's/^torch==//p' constraints.txt) numpy
+	$(BIN)/python -m pip install --progress-bar off $(PIP_TORCH) --constraint constraints.txt torch==$(shell sed -n 's/^torch==//p' constraints.txt) numpy
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

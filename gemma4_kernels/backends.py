@@ -145,6 +145,8 @@ def served() -> tuple[tuple[str, str, str], ...]:
 def use_backend(name: str | None) -> Iterator[None]:
     """Serve every call inside the block with the named backend, or raise BackendError where it cannot.
 
+    The block covers the thread that entered it. Put it around a compiled function, not inside.
+
     Args:
         name: "cuda", "triton" or "eager"; None or "auto" returns the choice to the package, whatever GEMMA4_BACKEND says.
     Raises: ValueError for another name.
@@ -161,8 +163,8 @@ def explain(op: str, **call: Any) -> Explanation:
 
     Args:
         op: name of a public function, "flash_attn_func".
-        call: the arguments of that function (tensors on any device, nothing is computed), or the fields of `Call`:
-            device_type, architecture, dtype, head_dim, features, shape_class.
+        call: the arguments of that function (on any device; no attention is computed and no cache changed), or fields of
+            `Call`: device_type, architecture, dtype, head_dim, features, shape_class.
     Returns: an Explanation; print it, or read `.taken` and `.choices`.
     Raises: ValueError for an op that does not exist; what the function itself raises for arguments that it refuses.
     """
@@ -172,9 +174,10 @@ def explain(op: str, **call: Any) -> Explanation:
     if call and call.keys() - Call.__dataclass_fields__.keys():
         needs = describe(**call)
     else:
-        if "features" in call:
-            call["features"] = frozenset(call["features"])
-        needs = Call(op=name, **call)
+        if isinstance(features := call.get("features", frozenset()), str):
+            raise TypeError(f"explain: features must be a collection of names, got {features!r}")
+        architecture = call.get("architecture", call.get("device_type", "cpu"))
+        needs = Call(**{**call, "op": name, "features": frozenset(features), "architecture": architecture})
     return _survey(needs, _requested())
 
 
@@ -200,12 +203,13 @@ def _requested() -> str | None:
     if override is not None:
         return None if override == "auto" else override
     name = environment.requested_backend()
-    return None if name is None else _known(name, "GEMMA4_BACKEND")
+    return None if name is None else _known(name, "GEMMA4_BACKEND", auto=True)
 
 
 def _known(name: str, where: str, auto: bool = False) -> str:
-    if name not in BACKENDS and not (auto and name == "auto"):
-        raise ValueError(f"{where} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    allowed = (*BACKENDS, "auto") if auto else BACKENDS
+    if name not in allowed:
+        raise ValueError(f"{where} must be one of {', '.join(allowed)}, got {name!r}")
     return name
 
 

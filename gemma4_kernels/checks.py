@@ -7,7 +7,9 @@ the CPU: reading a value of a device tensor would stall its stream. Kernels guar
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,20 +87,30 @@ def is_flag(function: str, name: str, value: object) -> None:
 
 
 def whole_number(function: str, name: str, value: object, minimum: int = 0) -> int:
-    # torch.compile passes a SymInt where a size is dynamic.
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, torch.SymInt):  # a dynamic size under torch.compile
+        number: Any = value
+    elif isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        number = int(value)
+    else:
         raise TypeError(f"{function}: {name} must be a whole number, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{function}: {name} must be at least {minimum}, got {value}")
-    return value  # type: ignore[return-value]
+    if number < minimum:
+        raise ValueError(f"{function}: {name} must be at least {minimum}, got {number}")
+    return number  # type: ignore[no-any-return]
+
+
+def real_number(function: str, name: str, value: object, hint: str = "") -> float:
+    if isinstance(value, torch.SymFloat):  # a dynamic number under torch.compile
+        return value  # type: ignore[return-value]
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    raise TypeError(f"{function}: {name} must be a number, got {value!r}{hint}")
 
 
 def positive_number(function: str, name: str, value: object, hint: str = "") -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{function}: {name} must be a number, got {value!r}{hint}")
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{function}: {name} must be positive and finite, got {value}{hint}")
-    return float(value)
+    number = real_number(function, name, value, hint)
+    if not 0 < number < math.inf:  # NaN is not either
+        raise ValueError(f"{function}: {name} must be positive and finite, got {number}{hint}")
+    return number
 
 
 def window(function: str, value: object) -> tuple[int, int]:

@@ -98,7 +98,7 @@ def test_the_variable_chooses_and_use_backend_overrides_it(triton, monkeypatch):
         flash_attn_func(*qkv())
     assert calls == ["triton"]
     monkeypatch.setenv("GEMMA4_BACKEND", "trition")
-    with pytest.raises(ValueError, match=r"GEMMA4_BACKEND must be one of cuda, triton, eager, got 'trition'"):
+    with pytest.raises(ValueError, match=r"GEMMA4_BACKEND must be one of cuda, triton, eager, auto, got 'trition'"):
         flash_attn_func(*qkv())
 
 
@@ -144,7 +144,13 @@ def test_explain_takes_needs_instead_of_tensors():
     assert "sm_86" in str(explanation)
 
 
+def test_explain_takes_the_device_type_for_the_architecture():
+    assert str(explain("flash_attn_func", device_type="cuda")).startswith("flash_attn on cuda")
+
+
 def test_explain_refuses_an_unknown_op_and_a_wrong_call():
+    with pytest.raises(TypeError, match="features must be a collection of names, got 'window'"):
+        explain("flash_attn_func", features="window")
     with pytest.raises(ValueError, match="explain: op must be one of flash_attn_func"):
         explain("flash_attention")
     with pytest.raises(ValueError, match="k must have shape"):

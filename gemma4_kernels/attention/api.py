@@ -33,8 +33,8 @@ class Plan(NamedTuple):
     arguments: tuple[Any, ...]
     """Of the op, in the order of its schema."""
     return_lse: bool
-    append: tuple[Any, ...] | None = None
-    """Arguments of the append that comes first, if rows are to be appended."""
+    append: tuple[Tensor, Tensor] | None = None
+    """Rows that flash_attn_with_kvcache appends first."""
 
 
 def _calls(op: str) -> Callable[[Callable[P, Plan]], Callable[P, Result]]:
@@ -44,9 +44,13 @@ def _calls(op: str) -> Callable[[Callable[P, Plan]], Callable[P, Result]]:
         @functools.wraps(plan)
         def function(*args: P.args, **kwargs: P.kwargs) -> Result:
             arguments, return_lse, append = plan(*args, **kwargs)
-            if append is not None:
-                torch.ops.gemma4_kernels.append_kv(*append)
-            out, lse = getattr(torch.ops.gemma4_kernels, op)(*arguments)
+            if append is None:
+                out, lse = getattr(torch.ops.gemma4_kernels, op)(*arguments)
+            else:
+                q, k_cache, v_cache, *rest = arguments
+                # Not through autograd: the op changes a cache, and no gradient flows back from that.
+                detached = (x.detach() for x in (q, k_cache, v_cache, *append))
+                out, lse = torch.ops.gemma4_kernels.flash_attn_kvcache_append(*detached, *rest)
             return (out, lse) if return_lse else out
 
         def describe(*args: P.args, **kwargs: P.kwargs) -> Call:
@@ -85,8 +89,8 @@ def flash_attn_func(
         softcap: scores become softcap * tanh(scores / softcap); 0 for none.
         deterministic: no effect, results always are.
     Returns: out (B, Sq, Hq, D) in q's dtype, sums in fp32; with return_lse also lse (B, Hq, Sq) fp32, the natural log
-        of the sum of exponentials. A row that sees no key gives zeros and -inf. Up to 16 rows, a row's bits depend on
-        its own keys only.
+        of the sum of exponentials (both fp64 for fp64). A row that sees no key gives zeros and -inf. Up to 16 rows, a
+        row's bits depend on its own keys only (not promised by the eager backend off the CPU).
     Raises: ShapeError, StrideError, DeviceError, ValueError, DTypeError, TypeError; BackendError where the backend asked
         for by name cannot do it.
     """
@@ -169,7 +173,7 @@ def flash_attn_with_kvcache(
         k_cache, v_cache: (B_cache, S, Hkv, D), or pages (num_pages, page_size, Hkv, D) with block_table. Changed in
             place where k and v are given.
         k, v: (B, S_new, Hkv, D): written to the rows from cache_seqlens on.
-        rotary_cos, rotary_sin: (positions, rotary_dim / 2): q and k are rotated first, k from position cache_seqlens on,
+        rotary_cos, rotary_sin: (at least S, rotary_dim / 2): q and k are rotated first, k from position cache_seqlens on,
             q likewise if the mask is causal or windowed, else all of its rows by cache_seqlens.
         cache_seqlens: int or (B,) int32: rows in use before the append. By default S.
         cache_batch_idx: (B,) int32: which entry of the cache request b has. Not with block_table.
@@ -228,22 +232,18 @@ def flash_attn_with_kvcache(
         given = "rotary_cos" if rotary_sin is None else "rotary_sin"
         raise ValueError(f"{name}: rotary_cos and rotary_sin must be given together, got only {given}")
     if rotary_cos is not None and rotary_sin is not None:
-        _check_rotary(name, rotary_cos, rotary_sin, q, k, cache_leftpad)
+        _check_rotary(name, rotary_cos, rotary_sin, q, capacity, cache_leftpad)
         steps = torch.arange(num_rows, device=q.device) if left >= 0 or right >= 0 else 0
         q = _rotate(q, rotary_cos, rotary_sin, lengths.long()[:, None] + steps, rotary_interleaved)
         if k is not None:
             position = lengths.long()[:, None] + torch.arange(k.shape[1], device=q.device)
             k = _rotate(k, rotary_cos, rotary_sin, position, rotary_interleaved)
-    append = None
-    if k is not None and v is not None:
-        # Not through autograd: an append changes the cache, and no gradient flows back from it.
-        append = (k_cache, v_cache, k.detach(), v.detach(), lengths, cache_batch_idx, block_table)
-        lengths = lengths + k.shape[1]
-    attend = (
+    append = None if k is None or v is None else (k, v)
+    arguments = (
         q, k_cache, v_cache, lengths, cache_leftpad, cache_batch_idx, block_table, block_ids, scale, cap, left, right,
         window_limits_blocks, num_splits,
     )  # fmt: skip
-    return Plan(attend, return_lse or return_softmax_lse, append)
+    return Plan(arguments, return_lse or return_softmax_lse, append)
 
 
 @_calls("k_eq_v_attention")
@@ -268,7 +268,7 @@ def k_eq_v_attention(
         softmax_scale: 1.0 by default, as in Gemma 4.
         return_lse: also return lse.
     Returns: out (B, Sq, Hq, D) in q's dtype, sums in fp32; with return_lse also lse (B, Hq, Sq) fp32. Rows before the
-        first position give zeros and -inf. Up to 16 rows, a row's bits depend on its own keys only.
+        first position give zeros and -inf. Row bits as in `flash_attn_func`.
     Raises: as `flash_attn_func`.
     """
     name = "k_eq_v_attention"
@@ -346,9 +346,8 @@ def _score_arguments(
         scale = q.shape[-1] ** -0.5
     else:
         scale = checks.positive_number(name, "softmax_scale", softmax_scale, hint)
-    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
-        raise TypeError(f"{name}: softcap must be a number, got {softcap!r}")
-    cap = 0.0 if softcap == 0 else checks.positive_number(name, "softcap", softcap)
+    cap = checks.real_number(name, "softcap", softcap)
+    cap = 0.0 if cap == 0 else checks.positive_number(name, "softcap", cap)
     checks.is_flag(name, "causal", causal)
     left, right = checks.window(name, window_size)
     return scale, cap, left, 0 if causal else right
@@ -368,13 +367,15 @@ def _lengths(name: str, cache_seqlens: int | Tensor | None, capacity: int, q: Te
     return torch.full((batch,), length, dtype=torch.int32, device=q.device)
 
 
-def _check_rotary(
-    name: str, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor | None, cache_leftpad: Tensor | None
-) -> None:
+def _check_rotary(name: str, cos: Tensor, sin: Tensor, q: Tensor, capacity: int, cache_leftpad: Tensor | None) -> None:
     checks.has_shape(name, "rotary_cos", cos, ("positions", "rotary_dim / 2"))
     checks.has_shape(name, "rotary_sin", sin, tuple(cos.shape))
     for argument, tensor in (("rotary_cos", cos), ("rotary_sin", sin)):
         checks.has_dtype(name, argument, tensor, (q.dtype, torch.float32))
+    if cos.shape[0] < capacity:
+        raise checks.ShapeError(
+            f"{name}: rotary_cos must have a row for each of the cache's {capacity} positions, got {cos.shape[0]}"
+        )
     if 2 * cos.shape[1] > q.shape[-1]:
         raise checks.ShapeError(f"{name}: rotary_dim must be at most head_dim {q.shape[-1]}, got {2 * cos.shape[1]}")
     if cache_leftpad is not None:
@@ -384,8 +385,10 @@ def _check_rotary(
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, interleaved: bool) -> Tensor:
     """x (B, S, H, D) with its first rotary_dim columns rotated by position (B, S) or (B, 1)."""
     rotary_dim = 2 * cos.shape[1]
-    turn_cos, turn_sin = cos[position].unsqueeze(2).float(), sin[position].unsqueeze(2).float()  # (B, S, 1, R/2)
-    turned = x[..., :rotary_dim].float()
+    position = position.clamp(0, cos.shape[0] - 1)  # what lies outside is refused by the op, which sees the lengths
+    sums = torch.promote_types(x.dtype, torch.float32)
+    turn_cos, turn_sin = cos[position].unsqueeze(2).to(sums), sin[position].unsqueeze(2).to(sums)  # (B, S, 1, R/2)
+    turned = x[..., :rotary_dim].to(sums)
     first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
     rotated = (first * turn_cos - second * turn_sin, second * turn_cos + first * turn_sin)
     joined = torch.stack(rotated, dim=-1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)

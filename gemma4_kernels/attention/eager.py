@@ -4,14 +4,15 @@
     out (B, Sq, Hq, D)  lse (B, Hq, Sq) fp32, the natural log of the sum of exponentials
 
 One request at a time, one tile of query rows at a time, tiles of keys in order with an online softmax (Milakov and
-Gimelshein 2018). Memory beyond the output is one tile of scores, Hq x TILE_ROWS x CHUNK_KEYS, and one of keys and values
-in fp32; tiles that the mask rules out are not computed. Products and sums are fp32 (fp64 for fp64 tensors), whatever the
-inputs are.
+Gimelshein 2018). Memory beyond the output is one tile of scores, Hq x TILE_ROWS x CHUNK_KEYS, one of keys and values in
+fp32, and a few numbers a key where there are blocks; tiles that the mask rules out are not computed. Products and sums
+are fp32 (fp64 for fp64 tensors), whatever the inputs are.
 
 Row invariance: up to DECODE_ROWS rows are taken one by one, each over its own keys, from its own first key on, in tiles
-of a fixed size. Every matmul then has the same shape whatever else is in the call, so a row keeps its bits.
+of a fixed size. Every matmul then has the same shape whatever else is in the call, so on a CPU a row keeps its bits.
 
-No value is read from a device: lengths are host numbers for CPU tensors, and masks over the whole capacity elsewhere.
+No value is read from a device: lengths are host numbers for CPU tensors; elsewhere tiles cover the whole capacity, masks do
+the rest, and a row's bits may depend on the capacity.
 """
 
 from __future__ import annotations
@@ -65,22 +66,11 @@ class Request:
     def __post_init__(self) -> None:
         self.on_host = all(isinstance(bound, int) for bound in (self.query_start, self.key_start, self.key_end))
         self.block_reach: tuple[Tensor, Tensor] | None = None
-        ids = self.block_ids
-        if ids is None or not self.on_host or ids.device.type != "cpu":
-            return
-        # Keys that nobody sees, at both ends, need no tiles: a padded request then has the tiles of an unpadded one.
-        present = (ids[: self.key_end] != -2).nonzero()
-        self.key_start = max(int(self.key_start), int(present[0])) if len(present) else int(self.key_end)
-        self.key_end = int(present[-1]) + 1 if len(present) else int(self.key_end)
-        unique, inverse = torch.unique(ids, return_inverse=True)
-        index = torch.arange(len(ids))
-        first = torch.full((len(unique),), len(ids)).scatter_reduce(0, inverse, index, "amin")
-        last = torch.zeros(len(unique), dtype=torch.int64).scatter_reduce(0, inverse, index, "amax")
-        in_block = ids >= 0
-        self.block_reach = (
-            torch.where(in_block, first[inverse], index),  # (capacity,) first key of the token's block
-            torch.where(in_block, last[inverse], index),  # (capacity,) last key of it
-        )
+        if self.block_ids is not None and self.on_host and self.block_ids.device.type == "cpu":
+            # Keys that nobody sees, at both ends, need no tiles: a padded request then has the tiles of an unpadded one.
+            present = (self.block_ids[: self.key_end] != -2).nonzero()
+            self.key_start = max(int(self.key_start), int(present[0])) if len(present) else int(self.key_end)
+            self.key_end = int(present[-1]) + 1 if len(present) else int(self.key_end)
 
     def key_range(self, first_row: int, last_row: int) -> tuple[int, int]:
         """The keys that rows first_row..last_row may see, as far as the host knows."""
@@ -91,14 +81,31 @@ class Request:
         lowest = first - self.left if self.left >= 0 else start
         highest = last + self.right if self.right >= 0 else stop
         if self.block_ids is not None:
-            if self.block_reach is None:
-                return start, stop
-            rows = slice(max(first, 0), max(last + 1, 0))
-            if (reach := self.block_reach[1][rows]).numel():
-                highest = max(highest, int(reach.max()))
-                if not self.window_limits_blocks:
-                    lowest = min(lowest, int(self.block_reach[0][rows].min()))
+            lowest_of_block, highest_of_block = self._reach(max(first, 0), max(last + 1, 0))
+            highest = max(highest, highest_of_block)
+            if not self.window_limits_blocks:
+                lowest = min(lowest, lowest_of_block)
         return max(start, lowest), min(stop, highest + 1)
+
+    def _reach(self, first: int, stop: int) -> tuple[int, int]:
+        """First and last key of the blocks of tokens first..stop; all keys where a device keeps the ids to itself."""
+        assert self.block_ids is not None
+        ids = self.block_ids
+        if ids.device.type != "cpu":
+            return 0, self.capacity
+        if not bool((ids[first:stop] >= 0).any()):
+            return self.capacity, -1
+        if self.block_reach is None:
+            unique, inverse = torch.unique(ids, return_inverse=True)
+            index = torch.arange(len(ids))
+            first_of = torch.full((len(unique),), len(ids)).scatter_reduce(0, inverse, index, "amin")
+            last_of = torch.zeros(len(unique), dtype=torch.int64).scatter_reduce(0, inverse, index, "amax")
+            in_block = ids >= 0
+            self.block_reach = (
+                torch.where(in_block, first_of[inverse], index),  # (capacity,) first key of the token's block
+                torch.where(in_block, last_of[inverse], index),  # (capacity,) last key of it
+            )
+        return int(self.block_reach[0][first:stop].min()), int(self.block_reach[1][first:stop].max())
 
     def visible(self, first_row: int, num_rows: int, start: int, stop: int, device: torch.device) -> Tensor | None:
         """(num_rows, stop - start) bool; None where every row sees every key."""

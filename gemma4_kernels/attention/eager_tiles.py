@@ -90,10 +90,10 @@ class SeparateKeys:
         return (q,)
 
     def scores(self, prepared: tuple[Tensor, ...], start: int, stop: int) -> Tensor:
-        return _scores(prepared[0], self.keys(start, stop).to(self.dtype))
+        return _scores(prepared[0], _in_dtype(self.keys(start, stop), self.dtype))
 
     def weighted_values(self, weights: Tensor, start: int, stop: int, present: Tensor | None) -> Tensor:
-        return _weighted(weights, self.values(start, stop).to(self.dtype), present)
+        return _weighted(weights, _in_dtype(self.values(start, stop), self.dtype), present)
 
 
 class KeysFromValues:
@@ -147,7 +147,7 @@ class KeysFromValues:
     def _tile(self, start: int, stop: int) -> Tensor:
         """Rows start..stop in the dtype of the sums: converted once for both products."""
         if self.tile is None or self.tile[:2] != (start, stop):
-            self.tile = (start, stop, self.values(start, stop).to(self.dtype))
+            self.tile = (start, stop, _in_dtype(self.values(start, stop), self.dtype))
         return self.tile[2]
 
     def _turned(self, values: Tensor) -> Tensor:
@@ -175,6 +175,15 @@ class KeysFromValues:
         coarse, fine = base * leading, base * (self.frequency - leading)
         cos_coarse, sin_coarse, cos_fine, sin_fine = coarse.cos(), coarse.sin(), fine.cos(), fine.sin()
         return cos_coarse * cos_fine - sin_coarse * sin_fine, sin_coarse * cos_fine + cos_coarse * sin_fine
+
+
+def _in_dtype(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows (T, H, D) in the dtype of the sums, without a copy if they have it and lie well in memory."""
+    converted = rows.to(dtype)
+    if converted is rows and any(stride * rows.element_size() % 64 for stride in rows.stride()[:2]):
+        # BLAS treats the odd ends of an unaligned row by themselves: its sums would depend on where a request lies.
+        return converted.clone(memory_format=torch.contiguous_format)
+    return converted
 
 
 def _scores(q: Tensor, keys: Tensor) -> Tensor:

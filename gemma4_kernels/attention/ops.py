@@ -9,6 +9,8 @@ An op here serves inference: its backward raises, with the reason, so that a for
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,9 +40,11 @@ SCHEMAS = {
         "Tensor? block_table, Tensor? block_ids, float softmax_scale, float softcap, int window_left, int window_right, "
         "bool window_limits_blocks, int num_splits) -> (Tensor, Tensor)"
     ),
-    "append_kv": (
-        "(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens, Tensor? cache_batch_idx, "
-        "Tensor? block_table) -> ()"
+    # The same, after writing k and v to the rows from cache_seqlens on. Backends implement the append as `append_kv`.
+    "flash_attn_kvcache_append": (
+        "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor cache_seqlens, "
+        "Tensor? cache_leftpad, Tensor? cache_batch_idx, Tensor? block_table, Tensor? block_ids, float softmax_scale, "
+        "float softcap, int window_left, int window_right, bool window_limits_blocks, int num_splits) -> (Tensor, Tensor)"
     ),
     "k_eq_v_attention": (
         "(Tensor q, Tensor values, Tensor k_norm_weight, Tensor inv_freq, Tensor cache_seqlens, Tensor? block_table, "
@@ -210,15 +214,11 @@ def _fake_varlen(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((heads, total), dtype=_lse_dtype(q))
 
 
-def _fake_append(*_: Any) -> None:
-    return None
-
-
 FAKES: dict[str, Callable[..., Any]] = {
     "flash_attn": _fake_batched,
     "flash_attn_varlen": _fake_varlen,
     "flash_attn_kvcache": _fake_batched,
-    "append_kv": _fake_append,
+    "flash_attn_kvcache_append": _fake_batched,
     "k_eq_v_attention": _fake_batched,
 }
 
@@ -226,15 +226,40 @@ FAKES: dict[str, Callable[..., Any]] = {
 # Registration -------------------------------------------------------------------------------------------------------
 
 
-def _implementation_of(op: str) -> Callable[..., Any]:
-    describe, check_values = DESCRIBERS[op], VALUE_CHECKS.get(op)
+def _run(op: str, *arguments: Any) -> Any:
+    """Check what the host can see, then let the chosen backend do it."""
+    function = _checked(op, *arguments)
+    with _fp32_sums(arguments[0].device.type):
+        return function(*arguments)
 
-    def run(*arguments: Any) -> Any:
-        if check_values is not None:
-            check_values(*arguments)
-        return backends.dispatch(describe(*arguments))(*arguments)
 
-    return run
+def _append_and_attend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor,
+    cache_leftpad: Tensor | None, cache_batch_idx: Tensor | None, block_table: Tensor | None, *rest: Any,
+) -> Any:  # fmt: skip
+    """Both are checked, and both have a backend, before the first writes anything."""
+    append = (k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, block_table)
+    attend = (
+        q, k_cache, v_cache, cache_seqlens + k.shape[1], cache_leftpad, cache_batch_idx, block_table, *rest
+    )  # fmt: skip
+    write, read = _checked("append_kv", *append), _checked("flash_attn_kvcache", *attend)
+    with _fp32_sums(q.device.type):
+        write(*append)
+        return read(*attend)
+
+
+def _checked(op: str, *arguments: Any) -> Callable[..., Any]:
+    """The backend's function for a call whose values are in range."""
+    if op in VALUE_CHECKS:
+        VALUE_CHECKS[op](*arguments)
+    return backends.dispatch(DESCRIBERS[op](*arguments))
+
+
+def _fp32_sums(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast would run the products inside an op at its own dtype; the op says what dtype they have."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _refuse_backward(op: str) -> Callable[..., Any]:
@@ -246,15 +271,16 @@ def _refuse_backward(op: str) -> Callable[..., Any]:
 
 for _op, _schema in SCHEMAS.items():
     _name = f"gemma4_kernels::{_op}"
+    _appends = _op == "flash_attn_kvcache_append"
     torch.library.define(_name, _schema)
-    torch.library.impl(_name, "CompositeExplicitAutograd", _implementation_of(_op))
+    torch.library.impl(_name, "CompositeExplicitAutograd", _append_and_attend if _appends else partial(_run, _op))
     torch.library.register_fake(_name, FAKES[_op])
-    if not _op.startswith("append"):  # autograd formulas exist for functional ops only
+    if not _appends:  # autograd formulas exist for ops that change none of their arguments
         torch.library.register_autograd(_name, _refuse_backward(_op))
 
 _ALL_FEATURES = frozenset({"block_ids", "softcap", "window", "paged", "leftpad", "batch_idx", "blocks_beyond_window"})
 
-for _op in SCHEMAS:
+for _op in DESCRIBERS:
     backends.register(
         Implementation(
             op=_op,

@@ -11,8 +11,6 @@ import importlib.util
 import json
 import os
 import platform
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def collect() -> dict[str, Any]:
     """All that `info` shows, as plain data."""
-    devices = _devices()
+    devices, problems = _devices()
     return {
         "gemma4_kernels": __version__,
         "python": platform.python_version(),
@@ -47,6 +45,7 @@ def collect() -> dict[str, Any]:
         "torch_cuda_build": torch.version.cuda or "none",
         "environment": {"GEMMA4_BACKEND": environment.requested_backend() or "auto"},
         "devices": devices,
+        "problems": problems,
         "ops": {op: {device["name"]: _choices(op, device) for device in devices} for op in backends.ops()},
     }
 
@@ -60,6 +59,7 @@ def render(found: dict[str, Any]) -> str:
     lines += [f"  {name:<{width}}  {value}" for name, value in rows]
     lines += ["", "Devices"]
     lines += [f"  {device['name']}: {device['detail']}" for device in found["devices"]]
+    lines += [f"  {problem}" for problem in found["problems"]]
     for op, by_device in found["ops"].items():
         lines += ["", op]
         for device, choices in by_device.items():
@@ -89,20 +89,17 @@ def _compiled_module() -> str:
     return "built" if present else "not built"
 
 
-def _devices() -> list[dict[str, str]]:
+def _devices() -> tuple[list[dict[str, str]], list[str]]:
+    """The devices, and a sentence for each kind that could not be listed."""
     cpu = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     devices = [{"name": "cpu", "device_type": "cpu", "architecture": "cpu", "detail": cpu}]
-    devices += _or_nothing("cuda", _cuda_devices)
-    devices += _or_nothing("mps", _mps_devices)
-    return devices
-
-
-def _or_nothing(kind: str, look: Callable[[], list[dict[str, str]]]) -> list[dict[str, str]]:
-    try:
-        return look()
-    except Exception as error:  # a driver may fail in any way it likes
-        print(f"info: {kind} devices could not be listed: {_sentence(error)}", file=sys.stderr)
-        return []
+    problems = []
+    for kind, look in (("cuda", _cuda_devices), ("mps", _mps_devices)):
+        try:
+            devices += look()
+        except Exception as error:  # a driver may fail in any way it likes
+            problems.append(f"{kind} devices could not be listed: {_sentence(error)}")
+    return devices, problems
 
 
 def _cuda_devices() -> list[dict[str, str]]:

@@ -4,13 +4,13 @@
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation=register())
 
 transformers asks twice: once per forward for a mask, once per layer for attention. No mask of queries x keys is built;
-what the mask function returns is one number a key, shaped (B, channels, Sq, Skv) by expanding, because models slice and flip
-masks on the way to the layers:
+what the mask function returns is one number a key, shaped (B, channels, 1, Skv), because models slice and flip masks on the
+way to the layers:
 
     None            nothing but causality and the window, which attention knows
     int32           channel 0: block id of each key, -1 for none, -2 for padding (block_ids of `flash_attn_func`)
                     channel 1, with caches that have room beyond their last row: 1 for rows in use
-    int64           the same, where blocks are free of the window: so a forward of transformers 5.23 masks images; masks
+    int16           the same, where blocks are free of the window: so a forward of transformers 5.23 masks images; masks
                     that generate() prepares ahead, for static caches, keep them inside it
     bool            with one query row: the keys it sees, window and all (the drafter, and masks that users make)
 """
@@ -49,14 +49,18 @@ def attention(
         query: (B, Hq, Sq, D). key, value: (B, Hkv, Skv, D).
         attention_mask: what `mask` returned; or a user's 4-D mask with one query row.
     Returns: (B, Sq, Hq, D) and None for the weights, which are never formed.
-    Raises: ValueError for dropout, and for a dense 4-D mask of several query rows.
+    Raises: ValueError for dropout, for what only other attention functions know, and for a dense 4-D mask of several
+        query rows.
     """
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "s_aux", "position_bias", "cache"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{NAME}: {name} must be None, it is not supported, got {type(kwargs[name]).__name__}")
     if dropout:
         raise ValueError(
             f"{NAME}: dropout must be 0, got {dropout}: these kernels are for inference; call model.eval()"
         )
     if kwargs.get("output_attentions"):
-        warnings.warn(f"{NAME}: attention weights are never formed, output_attentions gives None", stacklevel=2)
+        warnings.warn(f"{NAME}: attention weights are never formed, output_attentions returns none", stacklevel=2)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, S, H, D)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     window = (-1, -1)
@@ -66,12 +70,12 @@ def attention(
     if attention_mask is None:
         return _tensor(flash_attn_func(q, k, v, causal=causal, window_size=window, **options)), None
     attention_mask = attention_mask[..., : k.shape[1]]
-    if attention_mask.dtype not in (torch.int32, torch.int64):
+    if attention_mask.shape[2] != 1 or attention_mask.dtype not in (torch.int32, torch.int16):
         visible = _visible_keys(attention_mask, q.shape[1])
         block_ids = torch.where(visible, -1, _PADDING).to(torch.int32)
         return _tensor(flash_attn_func(q, k, v, block_ids=block_ids.expand(q.shape[0], -1), **options)), None
     options |= {"causal": causal, "window_size": window, "window_limits_blocks": attention_mask.dtype == torch.int32}
-    block_ids = attention_mask[:, 0, 0].contiguous()  # (B, Skv)
+    block_ids = attention_mask[:, 0, 0].to(torch.int32)  # (B, Skv)
     if not causal:
         block_ids = block_ids.clamp(max=-1)  # a model that looks both ways, as embedding models do, has no blocks
     if attention_mask.shape[1] == 1:
@@ -101,14 +105,15 @@ def mask(
     bidirectional = "allow_is_bidirectional_skip" in kwargs  # given by the makers of bidirectional masks only
     if bidirectional and q_length == 1:
         return _row(batch_size, q_offset, token, mask_function, present, local_size)
-    if bidirectional:
+    if bidirectional and (local_size is not None or q_length != kv_length):
         raise ValueError(
-            f"{NAME}: a bidirectional mask is supported for one query row (the drafter's), got {q_length}; no released "
-            'Gemma has use_bidirectional_attention="all"'
+            f"{NAME}: a bidirectional mask of several rows must be without a window and square, got {q_length} rows, "
+            f"{kv_length} keys and a window of {local_size}"
         )
-    has_room = isinstance(q_offset, Tensor) or kv_offset + kv_length > q_offset + q_length
+    # What looks both ways (a vision tower) has no cache and no order that blocks could change.
+    has_room = not bidirectional and (isinstance(q_offset, Tensor) or kv_offset + kv_length > q_offset + q_length)
     # With one query row there is nothing ahead of it that a block could show.
-    has_overlay = not allow_is_causal_skip and q_length > 1
+    has_overlay = not bidirectional and not allow_is_causal_skip and q_length > 1
     block_ids = None
     if has_overlay and mask_function is not None:
         block_ids = _blocks(batch_size, token, mask_function)  # (B, Skv)
@@ -121,8 +126,8 @@ def mask(
     channels = [codes]
     if has_room:
         channels.append((token < q_offset + q_length).expand(batch_size, -1).to(codes.dtype))
-    stacked = torch.stack(channels, dim=1).to(torch.int64 if free_of_window else torch.int32)  # (B, channels, Skv)
-    return stacked[:, :, None].expand(-1, -1, q_length, -1)
+    stacked = torch.stack(channels, dim=1).to(torch.int16 if free_of_window else torch.int32)  # (B, channels, Skv)
+    return stacked[:, :, None]  # (B, channels, 1, Skv)
 
 
 def _without_padding(attention_mask: Tensor | None, token: Tensor) -> Tensor | None:
@@ -146,15 +151,17 @@ def _blocks(batch_size: int, token: Tensor, mask_function: Callable[..., Tensor]
     head = torch.zeros((), dtype=torch.int64, device=token.device)
     left, right = token[None, :-1], token[None, 1:]  # (1, Skv - 1)
     joined = mask_function(batch, head, left, right).expand(batch_size, -1)  # (B, Skv - 1)
-    if not _tracing():
-        follows = mask_function(batch, head, right, left)
-        if not bool(follows.all()):
-            raise ValueError(
-                f"{NAME}: several sequences packed into one row (position_ids that restart) are not supported; "
-                "use one row each, with padding on the left"
-            )
-        if token.device.type == "cpu" and not bool(joined.any()):
-            return None
+    in_sequence = mask_function(batch, head, right, left).all()
+    message = (
+        f"{NAME}: several sequences packed into one row (position_ids that restart) are not supported; "
+        "use one row each, with padding on the left"
+    )
+    if _tracing():
+        torch._assert_async(in_sequence, message)
+    elif not bool(in_sequence):
+        raise ValueError(message)
+    elif token.device.type == "cpu" and not bool(joined.any()):
+        return None
     edge = joined.new_zeros((batch_size, 1))
     after, before = (
         torch.cat((edge, joined), dim=1),
@@ -190,7 +197,9 @@ def _visible_keys(attention_mask: Tensor, q_length: int) -> Tensor:
             "the 2-D padding mask, or let the model build the mask"
         )
     row = attention_mask[:, 0, 0]
-    return row if row.dtype == torch.bool else row >= 0  # an additive mask holds 0 or a large negative number
+    if row.is_floating_point():
+        return row >= 0  # an additive mask holds 0 or a large negative number
+    return row.bool()
 
 
 def _tracing() -> bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gemma4_kernels import (
+    BackendError,
     DeviceError,
     DTypeError,
     ShapeError,
@@ -14,7 +15,8 @@ from gemma4_kernels import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
     k_eq_v_attention,
-)  # fmt: skip
+    use_backend,
+)
 
 B, SQ, SK, HQ, HKV, D = 2, 3, 8, 4, 2, 16
 
@@ -140,6 +142,18 @@ WRONG = [
     (flash_attn_with_kvcache, cached(rotary_cos=torch.ones(8, 4)), ValueError, "rotary_sin must be given together"),
     (
         flash_attn_with_kvcache,
+        cached(rotary_cos=torch.ones(7, 4), rotary_sin=torch.ones(7, 4)),
+        ShapeError,
+        "rotary_cos must have a row for each of the cache's 8 positions, got 7",
+    ),
+    (
+        flash_attn_with_kvcache,
+        cached(rotary_cos=torch.ones(8, 4), rotary_sin=torch.ones(8, 4), cache_seqlens=torch.tensor([9, 1])),
+        ValueError,
+        r"cache_seqlens must lie in \[0, 8\], got 9",
+    ),
+    (
+        flash_attn_with_kvcache,
         cached(rotary_cos=torch.ones(8, 9), rotary_sin=torch.ones(8, 9)),
         ShapeError,
         "rotary_dim must be at most head_dim 16, got 18",
@@ -186,9 +200,17 @@ def test_the_right_calls_are_right(call):
     assert function(**call).shape == call["q"].shape
 
 
-def test_a_refused_append_writes_nothing():
-    call = appended(cache_seqlens=torch.tensor([7, 1]), k=torch.ones(B, 2, HKV, D), v=torch.ones(B, 2, HKV, D))
-    with pytest.raises(ValueError, match="cache_seqlens"):
+@pytest.mark.parametrize(
+    ("wrong", "backend", "says"),
+    [
+        ({"cache_seqlens": torch.tensor([7, 1])}, "eager", "cache_seqlens"),
+        ({"cache_leftpad": torch.tensor([0, 99])}, "eager", "cache_leftpad"),
+        ({}, "triton", "has no kernel for this op"),
+    ],
+)
+def test_a_refused_append_writes_nothing(wrong, backend, says):
+    call = appended(k=torch.ones(B, 2, HKV, D), v=torch.ones(B, 2, HKV, D)) | wrong
+    with use_backend(backend), pytest.raises((ValueError, BackendError), match=says):
         flash_attn_with_kvcache(**call)
     assert not call["k_cache"].any()
     assert not call["v_cache"].any()

@@ -133,3 +133,15 @@ def test_two_runs_give_the_same_bits(dtype):
     q, k, v = sliding(600, dtype)
     first = flash_attn_func(q, k, v, 1.0, True)
     assert torch.equal(first, flash_attn_func(q, k, v, 1.0, True))
+
+
+@pytest.mark.parametrize("dim", [7, 33, 80])
+def test_row_bits_do_not_depend_on_where_a_request_starts_in_memory(dim):
+    """With rows of 28 or 132 bytes, each request is aligned otherwise."""
+    rng = draw.generator(dim)
+    q = draw.queries((3, 2, 4, dim), rng)
+    k, v = draw.keys((3, 37, 2, dim), rng), draw.values((3, 37, 2, dim), rng)
+    together = flash_attn_func(q, k, v, 1.0, True)
+    for b in range(3):
+        alone = flash_attn_func(q[b : b + 1].clone(), k[b : b + 1].clone(), v[b : b + 1].clone(), 1.0, True)
+        assert torch.equal(alone[0], together[b])

@@ -53,15 +53,37 @@ def test_opcheck(op, dtype):
 
 @pytest.mark.parametrize("paged", [False, True])
 def test_opcheck_append(paged):
-    cache, new = torch.zeros(4, 8, 2, 32), torch.randn(2, 3, 2, 32)
+    q, cache, new = torch.randn(2, 3, 2, 32), torch.zeros(4, 8, 2, 32), torch.randn(2, 3, 2, 32)
     table = torch.tensor([[3, 1], [0, 2]]) if paged else None
     entry = None if paged else torch.tensor([3, 1])
-    arguments = (cache, cache.clone(), new, new.clone(), torch.tensor([5, 1]), entry, table)
-    torch.library.opcheck(torch.ops.gemma4_kernels.append_kv.default, arguments)
+    arguments = (q, cache, cache.clone(), new, new.clone(), torch.tensor([5, 1]), None, entry, table, None)
+    torch.library.opcheck(
+        torch.ops.gemma4_kernels.flash_attn_kvcache_append.default, (*arguments, 1.0, 0.0, -1, 0, True, 0)
+    )
 
 
 def test_every_op_is_covered_here():
-    assert set(CALLS) | {"append_kv"} == set(ops.SCHEMAS)
+    assert set(CALLS) | {"flash_attn_kvcache_append"} == set(ops.SCHEMAS)
+
+
+def test_compile_with_a_scale_that_changes():
+    """From the second value on, the scale is a symbol."""
+    q, k = torch.randn(1, 3, 2, 16), torch.randn(1, 5, 2, 16)
+    compiled = torch.compile(
+        lambda scale, cap: flash_attn_func(q, k, k, scale, True, softcap=cap), fullgraph=True, backend="aot_eager"
+    )
+    for scale in (1.0, 0.5, 0.25):
+        assert torch.equal(compiled(scale, 2 * scale), flash_attn_func(q, k, k, scale, True, softcap=2 * scale))
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_autocast_changes_nothing(op):
+    """Inside, products are fp32 whatever autocast does to the model around."""
+    made = replace(CALLS[op], dtype="fp32").inputs()
+    function = getattr(api, CALLS[op].op)
+    expected = function(**made)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(function(**made), expected)
 
 
 def test_compile_without_a_graph_break():
@@ -150,16 +172,25 @@ def has_mps_kernel(name: str, entries: dict[str, dict]) -> bool:
 SYNCS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "bincount")
 
 
+# Decoding in several chunks, on one KV head and on more.
+LONG = [
+    AttentionCase("k_eq_v_attention", sk=5000, hq=4, hkv=1, d=32),
+    AttentionCase("k_eq_v_attention", sk=5000, hq=4, hkv=2, d=32),
+    AttentionCase("flash_attn_func", sk=5000, hq=4, hkv=1, d=32, right=0),
+]
+
+
 @pytest.fixture(scope="module")
 def recorded() -> Recorder:
     recorder = Recorder()
-    cases = [case for case in attention_cases() if case.dtype == "bf16" and case.d <= 256 and case.sk < 200]
-    for case in [*CALLS.values(), *cases]:
+    cases = [case for case in attention_cases() if case.dtype == "bf16" and case.sk < 2000]
+    for case in [*CALLS.values(), *cases, *LONG]:
         arguments, _, append = plan(case, "meta")
         with recorder:
             getattr(eager, OP_OF[case.op])(*arguments)
             if append is not None:
-                eager.append_kv(*append)
+                _, k_cache, v_cache, lengths, _, entries, table, *_ = arguments
+                eager.append_kv(k_cache, v_cache, *append, lengths, entries, table)
     return recorder
 
 
@@ -185,6 +216,15 @@ def test_the_mps_check_can_fail():
     assert not has_mps_kernel("aten::_weight_int4pack_mm_for_cpu", entries)
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.zeros(2, device="meta").nonzero()
+
+
+def test_a_block_that_a_device_knows_lifts_only_the_right_edge():
+    """Tiles left of the window are not computed, wherever the block ids are."""
+    request = eager.Request(
+        query_start=7900, key_start=0, key_end=8000, capacity=8000, left=1023, right=0,
+        block_ids=torch.zeros(8000, dtype=torch.int32, device="meta"),
+    )  # fmt: skip
+    assert request.key_range(0, 99) == (7900 - 1023, 8000)
 
 
 # A device whose numbers the host does not know must give what the CPU gives with the numbers known.

@@ -203,3 +203,24 @@ def test_rows_before_the_first_key_see_no_image_at_the_first_key(rows):
     ids = torch.tensor([[0, 0, -1, -1]] * 2, dtype=torch.int32)
     out = flash_attn_func(q, k, v, 1.0, True, block_ids=ids)
     assert (out[:, : rows - 4] == 0).all()
+
+
+def test_rotary_of_fp64_is_computed_in_fp64():
+    q, k, v = qkv(batch=1, rows=1, keys=4, dtype=torch.float64)
+    angle = torch.arange(4, dtype=torch.float64)[:, None] * 0.7
+    out = flash_attn_with_kvcache(
+        q, k, v, rotary_cos=angle.cos(), rotary_sin=angle.sin(), cache_seqlens=3, softmax_scale=1.0, causal=True,
+        rotary_interleaved=False,
+    )  # fmt: skip
+    cos, sin = angle[3].cos(), angle[3].sin()
+    turned = q.clone()
+    turned[..., 0], turned[..., 1] = q[..., 0] * cos - q[..., 1] * sin, q[..., 1] * cos + q[..., 0] * sin
+    expected, _ = reference.flash_attention(turned, k[:, :3], v[:, :3], softmax_scale=1.0, causal=True)
+    torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_numpy_numbers_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    q, k, v = qkv()
+    out = flash_attn_with_kvcache(q, k, v, cache_seqlens=numpy.int64(40), softmax_scale=numpy.float32(0.5), causal=True)
+    assert torch.equal(out, flash_attn_with_kvcache(q, k, v, cache_seqlens=40, softmax_scale=0.5, causal=True))

@@ -196,6 +196,76 @@ def test_assisted_generate_writes_the_same_text(length):
     assert torch.equal(*texts)
 
 
+def test_images_of_different_layouts_in_one_batch(multimodal):
+    """The left row starts later and holds one long image, the other two short ones."""
+    first, second = image_inputs((8, 32), length=40, padded=5), image_inputs((3, 9), (20, 38), length=40)
+    inputs = {name: torch.cat((first[name], second[name])) for name in first}
+    assert_same(multimodal, inputs["attention_mask"].bool(), **inputs)
+
+
+def test_audio(multimodal):
+    ids = small.random_ids(1, 30)
+    ids[:, 4:20] = small.AUDIO_TOKEN
+    token_type = torch.where(ids == small.AUDIO_TOKEN, 3, 0)
+    features = {
+        "input_features": small.randn(1, 16, small.AUDIO_FRAME),
+        "input_features_mask": torch.ones(1, 16, dtype=torch.bool),
+    }
+    assert_same(multimodal, input_ids=ids, mm_token_type_ids=token_type, **features)
+
+
+@pytest.mark.parametrize("chunks", [(20, 1, 1), (7, 9, 4, 1), (WINDOW, WINDOW, 3)])
+def test_static_cache_filled_in_chunks(text, chunks):
+    ids, attention_mask = left_padded(2, sum(chunks))
+
+    def call(model):
+        cache, logits, start = StaticCache(config=model.config, max_cache_len=64), [], 0
+        for size in chunks:
+            stop = start + size
+            output = model(ids[:, start:stop], attention_mask=attention_mask[:, :stop], past_key_values=cache)
+            logits.append(output.logits)
+            start = stop
+        return torch.cat(logits, dim=1)
+
+    ours, theirs = both(text, call)
+    keep = attention_mask.bool()
+    small.assert_same_logits(ours[keep], theirs[keep])
+
+
+def test_a_compiled_model_gives_the_same_logits(text):
+    text.set_attn_implementation(NAME)
+    ids, attention_mask = left_padded(2, 30)
+    expected = text(ids, attention_mask=attention_mask).logits
+    compiled = torch.compile(text, fullgraph=True, dynamic=True, backend="aot_eager")
+    small.assert_same_logits(compiled(ids, attention_mask=attention_mask).logits, expected)
+
+
+def test_packed_rows_are_refused_in_a_compiled_model_too(text):
+    text.set_attn_implementation(NAME)
+    compiled = torch.compile(text, fullgraph=True, backend="aot_eager")
+    position_ids = torch.cat((torch.arange(10), torch.arange(14)))[None]
+    with pytest.raises(RuntimeError, match="packed into one row"):
+        compiled(small.random_ids(1, 24), position_ids=position_ids, use_cache=False)
+
+
+def test_a_tower_that_looks_both_ways():
+    """As vision towers ask: every row sees every key that is no padding."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 9, 16, generator=rng) for _ in range(3))
+    present = torch.ones(2, 9, dtype=torch.bool)
+    present[0, 6:] = False
+    tower = torch.nn.Module()
+    tower.is_causal = False
+    for padding in (None, present):
+        made = integration.mask(
+            2, 9, 9, attention_mask=padding, allow_is_causal_skip=False, allow_is_bidirectional_skip=True
+        )
+        out, _ = integration.attention(tower, q, k, v, made, scaling=0.3)
+        visible = None if padding is None else padding[:, None, None]
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=0.3)
+        torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
 def test_gemma3(gemma3):
     ids, attention_mask = left_padded(2, 50)
     assert_same(gemma3, attention_mask.bool(), input_ids=ids, attention_mask=attention_mask)
@@ -241,7 +311,7 @@ def test_no_mask_of_queries_by_keys_is_built():
             2, length, length, mask_function=rule, attention_mask=torch.arange(length).expand(2, -1) > 7,
             allow_is_causal_skip=False, use_vmap=True,
         )  # fmt: skip
-    assert made.shape == (2, 1, length, length)
+    assert made.shape == (2, 1, 1, length)
     assert seen.found < 20 * length
 
 
@@ -251,6 +321,11 @@ def test_dropout_and_dense_masks_are_refused_by_name(text):
         integration.attention(torch.nn.Module(), q, q, q, None, dropout=0.1)
     with pytest.raises(ValueError, match=r"a dense mask of shape \(1, 1, 3, 3\) is not supported with 3 query rows"):
         integration.attention(torch.nn.Module(), q, q, q, torch.ones(1, 1, 3, 3, dtype=torch.bool))
+    for dtype in (torch.int64, torch.int32):
+        with pytest.raises(ValueError, match="a dense mask"):
+            integration.attention(torch.nn.Module(), q, q, q, torch.ones(1, 1, 3, 3, dtype=dtype))
+    with pytest.raises(ValueError, match="cu_seq_lens_q must be None, it is not supported, got Tensor"):
+        integration.attention(torch.nn.Module(), q, q, q, None, cu_seq_lens_q=torch.tensor([0, 3]))
     position_ids = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
     text.set_attn_implementation(NAME)
     with pytest.raises(ValueError, match="packed into one row"):
