@@ -1,9 +1,13 @@
 # make demo    a real Gemma writes text through this package
 # make test    all tests; those of a GPU skip themselves without one
-# make lint    ruff and mypy
+# make lint    ruff, mypy, and tables that are still what the records say
+# make bench   a few cases timed on this machine, about a minute or two
 # make speed   the eager backend against PyTorch's own attention on this CPU
 #
 # Each sets up .venv first, if it is not there or its inputs have changed.
+#
+# make gpu-check   everything that one wants to know of a machine with a GPU: builds, tests, validates, sanitizes, benchmarks,
+#                  writes a record. It uses the Python and the torch that are there, and no network.
 
 PYTHON ?= python3
 PIP_TORCH ?=
@@ -11,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint speed clean
+.PHONY: setup demo test lint bench speed gpu-check clean
 
 setup: $(READY)
 
@@ -31,12 +35,19 @@ lint: $(READY)
 	rm -rf build/types && mkdir -p build/types/gemma4_kernels
 	ln -s $(CURDIR)/gemma4_kernels/* $(CURDIR)/reference $(CURDIR)/bench build/types/gemma4_kernels/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
+	$(BIN)/python -m gemma4_kernels.bench.report --check
 
 demo: $(READY)
 	$(BIN)/python examples/write_text.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+bench: $(READY)
+	$(BIN)/gemma4-kernels bench --quick
+
+gpu-check:
+	$(PYTHON) scripts/gpu_check.py
 
 speed: $(READY)
 	$(BIN)/python -m gemma4_kernels.bench.eager_attention

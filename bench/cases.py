@@ -5,34 +5,76 @@ anywhere can be replayed anywhere from one line:
 
     flash_attn_func(b=1,sq=5,sk=1030,hq=16,hkv=8,d=256,dtype=bf16,left=1023,right=0)
 
-A family adds its cases here and nothing else.
+A family adds its cases here and nothing else: a class with the methods of `Case`, and a line in `FAMILIES`. Tags: "quick"
+and "full" for correctness, "bench" and "bench-quick" for what is worth timing.
 """
 
 from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 import gemma4_kernels
-from gemma4_kernels import reference
+from gemma4_kernels.bench import attention_work, baselines
 from gemma4_kernels.bench import inputs as draw
+from gemma4_kernels.bench.attention_calls import DTYPES, INPUTS, Inputs, Result, evaluate, key_lengths, row_counts
 from gemma4_kernels.geometry import GEMMA4_12B
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-Inputs = dict[str, Any]
-Result = tuple[Tensor, Tensor]
+# Beyond this many operations the reference, fp64 on the CPU with whole score matrices, takes minutes or all memory, and a
+# case is held against it on an excerpt.
+EXCERPT_ABOVE = 1e9
+EXCERPT_ROWS = 16
+
+
+class Case(Protocol):
+    """What `validate` and `bench` ask of a case, whatever its family."""
+
+    family: ClassVar[str]
+    outputs: ClassVar[tuple[str, ...]]
+    """Names of the tensors that `run` returns."""
+
+    @property
+    def op(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def tags(self) -> frozenset[str]: ...
+    @property
+    def seed(self) -> int: ...
+    def inputs(self, device: str | torch.device = "cpu") -> Inputs: ...
+    def run(self, made: Inputs) -> tuple[Tensor, ...]: ...
+    def reference(self, made: Inputs) -> tuple[Tensor, ...]: ...
+    def plain(self, made: Inputs) -> tuple[Tensor, ...]: ...
+    def judged(self, result: tuple[Tensor, ...]) -> tuple[Tensor, ...]: ...
+    def changes(self, made: Inputs) -> Inputs: ...
+    def baselines(self, made: Inputs) -> dict[str, baselines.Baseline | str]: ...
+    def input_bytes(self) -> int: ...
+    def bytes_moved(self) -> int: ...
+    def operations(self) -> int: ...
+
+
+class Part(NamedTuple):
+    """Rows of one head of one request: a piece of a result that depends on nothing else in the call."""
+
+    request: int
+    head: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
 class AttentionCase:
     """One call of a public attention function. What is at its default is left out of the string."""
+
+    family: ClassVar[str] = "attention"
+    outputs: ClassVar[tuple[str, ...]] = ("out", "lse")
 
     op: str
     b: int = 1
@@ -54,7 +96,7 @@ class AttentionCase:
     """Rows of a page; 0: contiguous."""
     new: int = 0
     """Rows appended by flash_attn_with_kvcache itself."""
-    tags: frozenset[str] = frozenset({"full"})
+    tags: frozenset[str] = field(default=frozenset({"full"}), compare=False)
 
     def __str__(self) -> str:
         shown = [f.name for f in fields(self) if f.name not in ("op", "tags") and getattr(self, f.name) != f.default]
@@ -66,7 +108,7 @@ class AttentionCase:
 
     def inputs(self, device: str | torch.device = "cpu") -> Inputs:
         """Keyword arguments of the public function, on a device."""
-        made = _INPUTS[self.op](self, draw.generator(self.seed))
+        made = INPUTS[self.op](self, draw.generator(self.seed))
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in made.items()}
 
     def run(self, made: Inputs) -> Result:
@@ -75,193 +117,108 @@ class AttentionCase:
         return result
 
     def reference(self, made: Inputs) -> Result:
-        """The same in fp64."""
-        return _evaluate(self, made, exact=True)
+        """The same in fp64; of a case with `parts`, those only."""
+        return evaluate(self, made, exact=True)
 
     def plain(self, made: Inputs) -> Result:
         """The same in plain PyTorch at the case's dtype, as the rule of `errors` wants it."""
-        return _evaluate(self, made, exact=False)
+        return evaluate(self, made, exact=False)
+
+    def parts(self) -> tuple[Part, ...]:
+        """The excerpt on which a large case is held against the reference; empty: on all of it.
+
+        The first and the last request, the first and the last head, rows at both ends and in the middle.
+        """
+        causal = (self.right == 0 and not self.blocks) or self.op == "k_eq_v_attention"
+        if self.operations() <= EXCERPT_ABOVE or not causal or self.op == "flash_attn_varlen_func":
+            return ()
+        starts = {0, (self.sq - EXCERPT_ROWS) // 2, self.sq - EXCERPT_ROWS} if self.sq > EXCERPT_ROWS else {0}
+        requests = len(key_lengths(self))
+        where = {(0, 0), (requests - 1, self.hq - 1)}
+        return tuple(
+            Part(request, head, start, min(self.sq, start + EXCERPT_ROWS))
+            for request, head in sorted(where)
+            for start in sorted(starts)
+        )
+
+    def judged(self, result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What of `run`'s result `reference` and `plain` give: all of it, or (rows, D) and (rows,) of the parts.
+
+        A result without an lse, such as a baseline's, stays without one.
+        """
+        parts = self.parts()
+        if not parts:
+            return result
+        out, *lse = result
+        return (
+            torch.cat([out[b, start:stop, head] for b, head, start, stop in parts]),
+            *(torch.cat([sums[b, head, start:stop] for b, head, start, stop in parts]) for sums in lse),
+        )
+
+    def changes(self, made: Inputs) -> Inputs:
+        """The inputs that the call changes, as it must leave them: caches with the new rows in place."""
+        if not self.new:
+            return {}
+        changed = {name: made[name].clone() for name in ("k_cache", "v_cache")}
+        for b, length in enumerate(key_lengths(self)):
+            for step in range(self.new):
+                row = length - self.new + step
+                entry, offset = b, row
+                if self.page:
+                    entry, offset = int(made["block_table"][b, row // self.page]), row % self.page
+                changed["k_cache"][entry, offset] = made["k"][b, step]
+                changed["v_cache"][entry, offset] = made["v"][b, step]
+        return changed
+
+    def baselines(self, made: Inputs) -> dict[str, baselines.Baseline | str]:
+        """Other people's implementations of the same call, ready to run, or why there is none."""
+        return baselines.attention(self.op, made)
+
+    def requests(self) -> list[attention_work.Request]:
+        rows = row_counts(self) if self.op == "flash_attn_varlen_func" else [self.sq] * len(key_lengths(self))
+        return [attention_work.Request(*pair) for pair in zip(rows, key_lengths(self), strict=True)]
+
+    def input_bytes(self) -> int:
+        """Bytes of the tensors that `inputs` makes, near enough to know whether they fit."""
+        requests = self.requests()
+        keys = len(requests) * max(request.keys for request in requests) * (2 if self.page else 1)
+        caches = 1 if self.op == "k_eq_v_attention" else 2
+        rows = sum(request.rows for request in requests)
+        return DTYPES[self.dtype].itemsize * self.d * (caches * keys * self.hkv + rows * self.hq)
+
+    def bytes_moved(self) -> int:
+        """Fewest bytes through the device's memory: see `attention_work.bytes_moved`."""
+        left, right = self._window()
+        return attention_work.bytes_moved(
+            self.requests(), left, right, query_heads=self.hq, kv_heads=self.hkv, head_dim=self.d,
+            itemsize=DTYPES[self.dtype].itemsize, caches=1 if self.op == "k_eq_v_attention" else 2,
+            new_rows=self.new,
+        )  # fmt: skip
+
+    def operations(self) -> int:
+        """Multiplications and additions of both products: see `attention_work.operations`."""
+        left, right = self._window()
+        return attention_work.operations(self.requests(), left, right, self.hq, self.d)
+
+    def _window(self) -> tuple[int, int]:
+        return (-1, 0) if self.op == "k_eq_v_attention" else (self.left, self.right)
 
 
-def parse(text: str) -> AttentionCase:
+def parse(text: str) -> Any:
     """The case of a string that `str(case)` gave. Raises ValueError where the string is not of that form."""
     match = re.fullmatch(r"\s*(\w+)\(([^()]*)\)\s*", text)
-    if match is None or match[1] not in _INPUTS:
+    if match is None or match[1] not in CASE_TYPES:
         raise ValueError(f"parse: a case looks like {AttentionCase('flash_attn_func', sq=5, sk=9)}, got {text!r}")
-    kinds = {f.name: type(f.default) for f in fields(AttentionCase) if f.name not in ("op", "tags")}
+    case_type = CASE_TYPES[match[1]]
+    kinds: dict[str, Any] = {f.name: type(f.default) for f in fields(case_type) if f.name not in ("op", "tags")}
     given: dict[str, Any] = {}
     for part in filter(None, match[2].split(",")):
         name, _, value = part.partition("=")
         if name not in kinds:
             raise ValueError(f"parse: a case has no field {name!r}; fields are {', '.join(kinds)}")
         given[name] = kinds[name](value)
-    case = AttentionCase(match[1], **given)
-    return next((known for known in attention_cases() if str(known) == str(case)), case)
-
-
-# Inputs ------------------------------------------------------------------------------------------------------------------
-
-
-def _key_lengths(case: AttentionCase) -> list[int]:
-    return [int(part.split(":")[-1]) for part in case.lengths.split("+")] if case.lengths else [case.sk] * case.b
-
-
-def _row_counts(case: AttentionCase) -> list[int]:
-    return [int(part.split(":")[0]) for part in case.lengths.split("+")]
-
-
-def _block_ids(case: AttentionCase) -> Tensor | None:
-    if not case.blocks:
-        return None
-    ids = torch.full((case.b, case.sk), -1, dtype=torch.int32)
-    for number, part in enumerate(case.blocks.split("+")):
-        if part.startswith("pad"):
-            ids[:, : int(part[3:])] = -2
-        else:
-            start, stop = part.split("-")
-            ids[:, int(start) : int(stop)] = number
-    return ids
-
-
-def _common(case: AttentionCase) -> Inputs:
-    return {"softmax_scale": case.scale, "window_size": (case.left, case.right), "softcap": case.softcap}
-
-
-def _flash_attn(case: AttentionCase, rng: torch.Generator) -> Inputs:
-    dtype = DTYPES[case.dtype]
-    return {
-        "q": draw.queries((case.b, case.sq, case.hq, case.d), rng).to(dtype),
-        "k": draw.keys((case.b, case.sk, case.hkv, case.d), rng).to(dtype),
-        "v": draw.values((case.b, case.sk, case.hkv, case.d), rng).to(dtype),
-        "block_ids": _block_ids(case),
-        **_common(case),
-    }
-
-
-def _varlen(case: AttentionCase, rng: torch.Generator) -> Inputs:
-    dtype = DTYPES[case.dtype]
-    rows, lengths = _row_counts(case), _key_lengths(case)
-    made = {
-        "q": draw.queries((sum(rows), case.hq, case.d), rng).to(dtype),
-        "cu_seqlens_q": torch.tensor([0, *rows]).cumsum(0).to(torch.int32),
-        "cu_seqlens_k": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-        "max_seqlen_q": max(rows),
-        "max_seqlen_k": max(lengths),
-        **_common(case),
-    }
-    if case.page:
-        caches = _padded_caches(case, lengths, rng)
-        (made["k"], made["block_table"]), (made["v"], _) = (
-            draw.scattered_pages(cache, case.page, draw.generator(case.seed)) for cache in caches
-        )
-    else:
-        made["k"] = draw.keys((sum(lengths), case.hkv, case.d), rng).to(dtype)
-        made["v"] = draw.values((sum(lengths), case.hkv, case.d), rng).to(dtype)
-    return made
-
-
-def _padded_caches(case: AttentionCase, lengths: list[int], rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """k and v (B, longest, Hkv, D); rows beyond a request's length hold NaN."""
-    shape = (len(lengths), max(lengths), case.hkv, case.d)
-    k, v = draw.keys(shape, rng).to(DTYPES[case.dtype]), draw.values(shape, rng).to(DTYPES[case.dtype])
-    for b, length in enumerate(lengths):
-        k[b, length:], v[b, length:] = float("nan"), float("nan")
-    return k, v
-
-
-def _kvcache(case: AttentionCase, rng: torch.Generator) -> Inputs:
-    dtype = DTYPES[case.dtype]
-    lengths = _key_lengths(case)
-    made: Inputs = {
-        "q": draw.queries((len(lengths), case.sq, case.hq, case.d), rng).to(dtype),
-        "cache_seqlens": torch.tensor(lengths, dtype=torch.int32) - case.new,
-        **_common(case),
-    }
-    k, v = _padded_caches(case, lengths, rng)
-    if case.new:
-        last = torch.tensor(lengths)[:, None] - case.new + torch.arange(case.new)  # (B, new)
-        made["k"] = k[torch.arange(len(lengths))[:, None], last].clone()
-        made["v"] = v[torch.arange(len(lengths))[:, None], last].clone()
-        for cache in (k, v):
-            cache[torch.arange(len(lengths))[:, None], last] = float("nan")
-    if case.page:
-        (k, made["block_table"]), (v, _) = (
-            draw.scattered_pages(cache, case.page, draw.generator(case.seed)) for cache in (k, v)
-        )
-    return {**made, "k_cache": k, "v_cache": v}
-
-
-def _k_eq_v(case: AttentionCase, rng: torch.Generator) -> Inputs:
-    dtype = DTYPES[case.dtype]
-    lengths = _key_lengths(case)
-    made: Inputs = {
-        "q": draw.queries((len(lengths), case.sq, case.hq, case.d), rng).to(dtype),
-        "k_norm_weight": draw.k_norm_weight(case.d, rng).to(dtype),
-        "inv_freq": draw.inv_freq(case.d),
-        "cache_seqlens": torch.tensor(lengths, dtype=torch.int32),
-        "softmax_scale": case.scale,
-    }
-    values = draw.values((len(lengths), max(lengths), case.hkv, case.d), rng).to(dtype)
-    for b, length in enumerate(lengths):
-        values[b, length:] = float("nan")
-    if case.page:
-        values, made["block_table"] = draw.scattered_pages(values, case.page, rng)
-    return {**made, "values": values}
-
-
-_INPUTS = {
-    "flash_attn_func": _flash_attn,
-    "flash_attn_varlen_func": _varlen,
-    "flash_attn_with_kvcache": _kvcache,
-    "k_eq_v_attention": _k_eq_v,
-}
-
-
-# Reference ---------------------------------------------------------------------------------------------------------------
-
-
-def _rows_of(cache: Tensor, made: Inputs, b: int, length: int) -> Tensor:
-    """(1, length, Hkv, D): the rows of one request, wherever they lie."""
-    if made.get("block_table") is not None:
-        cache = cache[made["block_table"][b].long()].flatten(0, 1)[None]
-        return cache[:, :length]
-    if "cu_seqlens_k" in made:
-        start = int(made["cu_seqlens_k"][b])
-        return cache[None, start : start + length]
-    return cache[b : b + 1, :length]
-
-
-def _evaluate(case: AttentionCase, made: Inputs, exact: bool) -> Result:
-    """Request by request through the reference, on the CPU."""
-    made = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in made.items()}
-    outs, lses = [], []
-    for b, length in enumerate(_key_lengths(case)):
-        q = made["q"][b : b + 1]
-        if case.op == "flash_attn_varlen_func":
-            q = made["q"][None, int(made["cu_seqlens_q"][b]) : int(made["cu_seqlens_q"][b + 1])]
-        if case.op == "k_eq_v_attention":
-            arguments = (q, _rows_of(made["values"], made, b, length), made["k_norm_weight"], made["inv_freq"])
-            if exact:
-                out, lse = reference.k_eq_v_attention(*arguments, softmax_scale=case.scale)
-            else:
-                out, lse = reference.plain_k_eq_v_attention(*arguments, softmax_scale=case.scale)
-        else:
-            names = ("k_cache", "v_cache") if case.op == "flash_attn_with_kvcache" else ("k", "v")
-            k, v = (_rows_of(made[name], made, b, length - case.new) for name in names)
-            if case.new:
-                k, v = torch.cat((k, made["k"][b : b + 1]), dim=1), torch.cat((v, made["v"][b : b + 1]), dim=1)
-            ids = made.get("block_ids")
-            options: Any = {
-                "softmax_scale": case.scale, "window_size": (case.left, case.right), "softcap": case.softcap,
-                "block_ids": None if ids is None else ids[b : b + 1],
-            }  # fmt: skip
-            function = reference.flash_attention if exact else reference.plain_attention
-            out, lse = function(q, k, v, **options)
-        outs.append(out)
-        lses.append(lse)
-    if case.op == "flash_attn_varlen_func":
-        return torch.cat(outs, dim=1)[0], torch.cat(lses, dim=2)[0]
-    return torch.cat(outs), torch.cat(lses)
+    case = case_type(match[1], **given)
+    return next((known for known in all_cases() if str(known) == str(case)), case)
 
 
 # The list ----------------------------------------------------------------------------------------------------------------
@@ -337,11 +294,61 @@ def _attention() -> Iterator[AttentionCase]:
     yield AttentionCase("flash_attn_with_kvcache", sq=3, lengths="0+1+2", hq=4, hkv=2, d=64, right=0)
 
 
+_BENCH, _BENCH_QUICK = frozenset({"bench"}), frozenset({"bench", "bench-quick"})
+
+
+def _attention_bench() -> Iterator[AttentionCase]:
+    """What a 12B does in service: prefill, decode, verification of four drafts; both kinds of layers."""
+    for tokens in (512, 1024, 2048, 4096, 8192, 16384, 32768):
+        tags = _BENCH_QUICK if tokens == 512 else _BENCH
+        yield _sliding("flash_attn_func", sq=tokens, sk=tokens, tags=tags)
+        yield _full("flash_attn_func", sq=tokens, sk=tokens, tags=_BENCH)
+        yield _full("k_eq_v_attention", sq=tokens, sk=tokens, tags=tags)
+    for rows in (1, 5):
+        for b in (1, 4, 16):
+            # A sliding layer reads its window and no more: 32K of cache must cost what 1K costs.
+            for sk in (1024, 32768):
+                tags = _BENCH_QUICK if sk == 1024 and (b == 1 or (b, rows) == (4, 1)) else _BENCH
+                yield _sliding("flash_attn_func", b=b, sq=rows, sk=sk, tags=tags)
+            for sk in (1024, 4096, 16384, 65536, 262144):
+                tags = _BENCH_QUICK if sk == 4096 and b == 1 else _BENCH
+                yield _full("flash_attn_func", b=b, sq=rows, sk=sk, tags=tags)
+                yield _full("k_eq_v_attention", b=b, sq=rows, sk=sk, tags=tags)
+    # Pages, as servers keep them.
+    for rows in (1, 5):
+        for page in (16, 64):
+            lengths = "+".join(["16384"] * 4)
+            yield _full("flash_attn_with_kvcache", sq=rows, lengths=lengths, page=page, tags=_BENCH)
+            yield _full("k_eq_v_attention", sq=rows, lengths=lengths, page=page, tags=_BENCH)
+            yield _sliding("flash_attn_with_kvcache", sq=rows, lengths="+".join(["2048"] * 4), page=page, tags=_BENCH)
+
+
 @lru_cache
 def attention_cases() -> tuple[AttentionCase, ...]:
-    """All attention cases, each once."""
+    """Attention cases for correctness, each once."""
     return tuple({str(case): case for case in _attention()}.values())
 
 
-def select(cases: Iterable[AttentionCase], tag: str) -> list[AttentionCase]:
+@lru_cache
+def attention_bench_cases() -> tuple[AttentionCase, ...]:
+    return tuple({str(case): case for case in _attention_bench()}.values())
+
+
+# family -> its lists; and the class that a case string's op belongs to.
+FAMILIES: dict[str, tuple[Callable[[], tuple[Case, ...]], ...]] = {
+    "attention": (attention_cases, attention_bench_cases)
+}
+CASE_TYPES: dict[str, Any] = dict.fromkeys(INPUTS, AttentionCase)
+
+
+def all_cases() -> list[Case]:
+    """Every case of every family once, in the order of the lists; one that stands in two lists has the tags of both."""
+    merged: dict[str, Any] = {}
+    for case in (case for lists in FAMILIES.values() for cases in lists for case in cases()):
+        known = merged.get(str(case))
+        merged[str(case)] = case if known is None else replace(known, tags=known.tags | case.tags)
+    return list(merged.values())
+
+
+def select(cases: Iterable[Case], tag: str) -> list[Case]:
     return [case for case in cases if tag in case.tags]

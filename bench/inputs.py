@@ -6,10 +6,16 @@ k_norm weights around 0.12 their standard deviation is about 2 at head_dim 256, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 K_NORM_WEIGHT = 0.12
+
+# A long cache repeats its first rows: drawing a quarter of a million of them would take longer than the call. The period
+# is a prime, so that a kernel that reads a wrong page or tile reads other numbers.
+PERIOD = 4099
 
 
 def generator(seed: int) -> torch.Generator:
@@ -35,6 +41,17 @@ def values(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
     """What v_norm gives: no weight."""
     x = torch.randn(shape, generator=rng)
     return x / x.pow(2).mean(dim=-1, keepdim=True).sqrt()
+
+
+def rows(
+    draw: Callable[[tuple[int, ...], torch.Generator], Tensor], shape: tuple[int, ...], rng: torch.Generator,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """`draw(shape)` in a dtype; beyond PERIOD tokens (dim 1 of B, S, H, D) the tokens repeat."""
+    if len(shape) < 4 or shape[1] <= PERIOD:
+        return draw(shape, rng).to(dtype)
+    period = draw((shape[0], PERIOD, *shape[2:]), rng).to(dtype)
+    return period[:, torch.arange(shape[1]) % PERIOD]
 
 
 def k_norm_weight(head_dim: int, rng: torch.Generator) -> Tensor:

@@ -8,13 +8,15 @@ import sys
 from collections.abc import Sequence
 
 from gemma4_kernels._version import __version__
-from gemma4_kernels.cli import info
+from gemma4_kernels.cli import bench, info, validate
 
-SUBCOMMANDS = (info,)
+SUBCOMMANDS = (info, validate, bench)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gemma4-kernels", description="Kernels for Gemma 4: what is here.")
+    parser = argparse.ArgumentParser(
+        prog="gemma4-kernels", description="Kernels for Gemma 4: what is here, whether it holds, how fast it is."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for subcommand in SUBCOMMANDS:

@@ -1,0 +1,195 @@
+"""The inputs of an attention case, and the reference's answer to it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gemma4_kernels import reference
+from gemma4_kernels.bench import inputs as draw
+
+if TYPE_CHECKING:
+    from gemma4_kernels.bench.cases import AttentionCase, Part
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Inputs = dict[str, Any]
+Result = tuple[Tensor, Tensor]
+
+
+# Inputs ------------------------------------------------------------------------------------------------------------------
+
+
+def key_lengths(case: AttentionCase) -> list[int]:
+    return [int(part.split(":")[-1]) for part in case.lengths.split("+")] if case.lengths else [case.sk] * case.b
+
+
+def row_counts(case: AttentionCase) -> list[int]:
+    return [int(part.split(":")[0]) for part in case.lengths.split("+")]
+
+
+def _block_ids(case: AttentionCase) -> Tensor | None:
+    if not case.blocks:
+        return None
+    ids = torch.full((case.b, case.sk), -1, dtype=torch.int32)
+    for number, part in enumerate(case.blocks.split("+")):
+        if part.startswith("pad"):
+            ids[:, : int(part[3:])] = -2
+        else:
+            start, stop = part.split("-")
+            ids[:, int(start) : int(stop)] = number
+    return ids
+
+
+def _common(case: AttentionCase) -> Inputs:
+    return {"softmax_scale": case.scale, "window_size": (case.left, case.right), "softcap": case.softcap}
+
+
+def _flash_attn(case: AttentionCase, rng: torch.Generator) -> Inputs:
+    dtype = DTYPES[case.dtype]
+    return {
+        "q": draw.rows(draw.queries, (case.b, case.sq, case.hq, case.d), rng, dtype),
+        "k": draw.rows(draw.keys, (case.b, case.sk, case.hkv, case.d), rng, dtype),
+        "v": draw.rows(draw.values, (case.b, case.sk, case.hkv, case.d), rng, dtype),
+        "block_ids": _block_ids(case),
+        **_common(case),
+    }
+
+
+def _varlen(case: AttentionCase, rng: torch.Generator) -> Inputs:
+    dtype = DTYPES[case.dtype]
+    rows, lengths = row_counts(case), key_lengths(case)
+    made = {
+        "q": draw.rows(draw.queries, (sum(rows), case.hq, case.d), rng, dtype),
+        "cu_seqlens_q": torch.tensor([0, *rows]).cumsum(0).to(torch.int32),
+        "cu_seqlens_k": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        "max_seqlen_q": max(rows),
+        "max_seqlen_k": max(lengths),
+        **_common(case),
+    }
+    if case.page:
+        caches = _padded_caches(case, lengths, rng)
+        (made["k"], made["block_table"]), (made["v"], _) = (
+            draw.scattered_pages(cache, case.page, draw.generator(case.seed)) for cache in caches
+        )
+    else:
+        made["k"] = draw.rows(draw.keys, (sum(lengths), case.hkv, case.d), rng, dtype)
+        made["v"] = draw.rows(draw.values, (sum(lengths), case.hkv, case.d), rng, dtype)
+    return made
+
+
+def _padded_caches(case: AttentionCase, lengths: list[int], rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """k and v (B, longest, Hkv, D); rows beyond a request's length hold NaN."""
+    shape = (len(lengths), max(lengths), case.hkv, case.d)
+    k, v = draw.rows(draw.keys, shape, rng, DTYPES[case.dtype]), draw.rows(draw.values, shape, rng, DTYPES[case.dtype])
+    for b, length in enumerate(lengths):
+        k[b, length:], v[b, length:] = float("nan"), float("nan")
+    return k, v
+
+
+def _kvcache(case: AttentionCase, rng: torch.Generator) -> Inputs:
+    dtype = DTYPES[case.dtype]
+    lengths = key_lengths(case)
+    made: Inputs = {
+        "q": draw.rows(draw.queries, (len(lengths), case.sq, case.hq, case.d), rng, dtype),
+        "cache_seqlens": torch.tensor(lengths, dtype=torch.int32) - case.new,
+        **_common(case),
+    }
+    k, v = _padded_caches(case, lengths, rng)
+    if case.new:
+        last = torch.tensor(lengths)[:, None] - case.new + torch.arange(case.new)  # (B, new)
+        made["k"] = k[torch.arange(len(lengths))[:, None], last].clone()
+        made["v"] = v[torch.arange(len(lengths))[:, None], last].clone()
+        for cache in (k, v):
+            cache[torch.arange(len(lengths))[:, None], last] = float("nan")
+    if case.page:
+        (k, made["block_table"]), (v, _) = (
+            draw.scattered_pages(cache, case.page, draw.generator(case.seed)) for cache in (k, v)
+        )
+    return {**made, "k_cache": k, "v_cache": v}
+
+
+def _k_eq_v(case: AttentionCase, rng: torch.Generator) -> Inputs:
+    dtype = DTYPES[case.dtype]
+    lengths = key_lengths(case)
+    made: Inputs = {
+        "q": draw.rows(draw.queries, (len(lengths), case.sq, case.hq, case.d), rng, dtype),
+        "k_norm_weight": draw.k_norm_weight(case.d, rng).to(dtype),
+        "inv_freq": draw.inv_freq(case.d),
+        "cache_seqlens": torch.tensor(lengths, dtype=torch.int32),
+        "softmax_scale": case.scale,
+    }
+    values = draw.rows(draw.values, (len(lengths), max(lengths), case.hkv, case.d), rng, dtype)
+    for b, length in enumerate(lengths):
+        values[b, length:] = float("nan")
+    if case.page:
+        values, made["block_table"] = draw.scattered_pages(values, case.page, rng)
+    return {**made, "values": values}
+
+
+INPUTS = {
+    "flash_attn_func": _flash_attn,
+    "flash_attn_varlen_func": _varlen,
+    "flash_attn_with_kvcache": _kvcache,
+    "k_eq_v_attention": _k_eq_v,
+}
+
+
+# Reference ---------------------------------------------------------------------------------------------------------------
+
+
+def _rows_of(cache: Tensor, made: Inputs, b: int, length: int) -> Tensor:
+    """(1, length, Hkv, D): the rows of one request, wherever they lie."""
+    if made.get("block_table") is not None:
+        cache = cache[made["block_table"][b].long()].flatten(0, 1)[None]
+        return cache[:, :length]
+    if "cu_seqlens_k" in made:
+        start = int(made["cu_seqlens_k"][b])
+        return cache[None, start : start + length]
+    return cache[b : b + 1, :length]
+
+
+def evaluate(case: AttentionCase, made: Inputs, exact: bool) -> Result:
+    """Request by request, or part by part, through the reference, on the CPU."""
+    if parts := case.parts():
+        pieces = [_evaluate_request(case, made, part.request, exact, part) for part in parts]
+        return torch.cat([out[0, :, 0] for out, _ in pieces]), torch.cat([lse[0, 0] for _, lse in pieces])
+    pieces = [_evaluate_request(case, made, b, exact) for b in range(len(key_lengths(case)))]
+    if case.op == "flash_attn_varlen_func":
+        return torch.cat([out[0] for out, _ in pieces]), torch.cat([lse[0] for _, lse in pieces], dim=1)
+    return torch.cat([out for out, _ in pieces]), torch.cat([lse for _, lse in pieces])
+
+
+def _evaluate_request(case: AttentionCase, made: Inputs, b: int, exact: bool, part: Part | None = None) -> Result:
+    """out (1, rows, heads, D) and lse (1, heads, rows) of one request, or of one head and some rows of it."""
+    length = key_lengths(case)[b]
+    if case.op == "flash_attn_varlen_func":
+        q = made["q"][None, int(made["cu_seqlens_q"][b]) : int(made["cu_seqlens_q"][b + 1])]
+    else:
+        q = made["q"][b : b + 1]
+    if case.op == "k_eq_v_attention":
+        caches = [_rows_of(made["values"], made, b, length)]
+    else:
+        names = ("k_cache", "v_cache") if case.op == "flash_attn_with_kvcache" else ("k", "v")
+        caches = [_rows_of(made[name], made, b, length - case.new) for name in names]
+    if case.new:
+        caches = [torch.cat((cache, made[name][b : b + 1]), dim=1) for cache, name in zip(caches, "kv", strict=True)]
+    if part is not None:
+        # A causal row sees no later key: without the rows and keys behind it, it is aligned as before.
+        hidden, kv_head = q.shape[1] - part.stop, part.head // (case.hq // case.hkv)
+        q = q[:, part.start : part.stop, part.head : part.head + 1]
+        caches = [cache[:, : length - hidden, kv_head : kv_head + 1] for cache in caches]
+    q, caches = q.cpu(), [cache.cpu() for cache in caches]
+    if case.op == "k_eq_v_attention":
+        weight, frequency = made["k_norm_weight"].cpu(), made["inv_freq"].cpu()
+        function = reference.k_eq_v_attention if exact else reference.plain_k_eq_v_attention
+        result: Result = function(q, caches[0], weight, frequency, softmax_scale=case.scale)
+        return result
+    ids = made.get("block_ids")
+    options: Any = {
+        "softmax_scale": case.scale, "window_size": (case.left, case.right), "softcap": case.softcap,
+        "block_ids": None if ids is None else ids[b : b + 1].cpu(),
+    }  # fmt: skip
+    result = (reference.flash_attention if exact else reference.plain_attention)(q, *caches, **options)
+    return result
