@@ -29,16 +29,23 @@ def row_counts(case: AttentionCase) -> list[int]:
     return [int(part.split(":")[0]) for part in case.lengths.split("+")]
 
 
-def _block_ids(case: AttentionCase) -> Tensor | None:
+def first_rows(case: AttentionCase) -> list[int]:
+    return [int(part) for part in case.leftpad.split("+")] if case.leftpad else [0] * len(key_lengths(case))
+
+
+def _block_ids(case: AttentionCase, requests: int, keys: int) -> Tensor | None:
+    """(requests, keys) int32, or None."""
     if not case.blocks:
         return None
-    ids = torch.full((case.b, case.sk), -1, dtype=torch.int32)
-    for number, part in enumerate(case.blocks.split("+")):
-        if part.startswith("pad"):
-            ids[:, : int(part[3:])] = -2
-        else:
-            start, stop = part.split("-")
-            ids[:, int(start) : int(stop)] = number
+    ids = torch.full((requests, keys), -1, dtype=torch.int32)
+    layouts = case.blocks.split("/")
+    for b in range(requests):
+        for number, part in enumerate(layouts[b % len(layouts)].split("+")):
+            if part.startswith("pad"):
+                ids[b, : int(part[3:])] = -2
+            else:
+                start, stop = part.split("-")
+                ids[b, int(start) : int(stop)] = number
     return ids
 
 
@@ -52,7 +59,8 @@ def _flash_attn(case: AttentionCase, rng: torch.Generator) -> Inputs:
         "q": draw.rows(draw.queries, (case.b, case.sq, case.hq, case.d), rng, dtype),
         "k": draw.rows(draw.keys, (case.b, case.sk, case.hkv, case.d), rng, dtype),
         "v": draw.rows(draw.values, (case.b, case.sk, case.hkv, case.d), rng, dtype),
-        "block_ids": _block_ids(case),
+        "block_ids": _block_ids(case, case.b, case.sk),
+        "window_limits_blocks": not case.free,
         **_common(case),
     }
 
@@ -103,10 +111,24 @@ def _kvcache(case: AttentionCase, rng: torch.Generator) -> Inputs:
         made["v"] = v[torch.arange(len(lengths))[:, None], last].clone()
         for cache in (k, v):
             cache[torch.arange(len(lengths))[:, None], last] = float("nan")
+    if case.leftpad:
+        made["cache_leftpad"] = torch.tensor(first_rows(case), dtype=torch.int32)
+        for b, first in enumerate(first_rows(case)):
+            k[b, :first], v[b, :first] = float("nan"), float("nan")
+    made["block_ids"] = _block_ids(case, len(lengths), k.shape[1])
+    if case.shuffled:
+        order = torch.randperm(2 * len(lengths), generator=rng)[: len(lengths)]
+        made["cache_batch_idx"] = order.to(torch.int32)
+        caches = [cache.new_full((2 * len(lengths), *cache.shape[1:]), float("nan")) for cache in (k, v)]
+        caches[0][order], caches[1][order] = k, v
+        k, v = caches
     if case.page:
         (k, made["block_table"]), (v, _) = (
             draw.scattered_pages(cache, case.page, draw.generator(case.seed)) for cache in (k, v)
         )
+        if made["block_ids"] is not None:  # the partial last page has ids too, which no length reaches
+            spare = made["block_table"].shape[1] * case.page - made["block_ids"].shape[1]
+            made["block_ids"] = torch.nn.functional.pad(made["block_ids"], (0, spare), value=-1)
     return {**made, "k_cache": k, "v_cache": v}
 
 
@@ -147,7 +169,8 @@ def _rows_of(cache: Tensor, made: Inputs, b: int, length: int) -> Tensor:
     if "cu_seqlens_k" in made:
         start = int(made["cu_seqlens_k"][b])
         return cache[None, start : start + length]
-    return cache[b : b + 1, :length]
+    entry = int(made["cache_batch_idx"][b]) if "cache_batch_idx" in made else b
+    return cache[entry : entry + 1, :length]
 
 
 def evaluate(case: AttentionCase, made: Inputs, exact: bool) -> Result:
@@ -175,6 +198,8 @@ def _evaluate_request(case: AttentionCase, made: Inputs, b: int, exact: bool, pa
         caches = [_rows_of(made[name], made, b, length - case.new) for name in names]
     if case.new:
         caches = [torch.cat((cache, made[name][b : b + 1]), dim=1) for cache, name in zip(caches, "kv", strict=True)]
+    first = first_rows(case)[b]
+    caches = [cache[:, first:] for cache in caches]
     if part is not None:
         # A causal row sees no later key: without the rows and keys behind it, it is aligned as before.
         hidden, kv_head = q.shape[1] - part.stop, part.head // (case.hq // case.hkv)
@@ -189,7 +214,8 @@ def _evaluate_request(case: AttentionCase, made: Inputs, b: int, exact: bool, pa
     ids = made.get("block_ids")
     options: Any = {
         "softmax_scale": case.scale, "window_size": (case.left, case.right), "softcap": case.softcap,
-        "block_ids": None if ids is None else ids[b : b + 1].cpu(),
+        "block_ids": None if ids is None else ids[b : b + 1, first:length].cpu(),
+        "block_rule": "forward" if case.free else "window",
     }  # fmt: skip
     result = (reference.flash_attention if exact else reference.plain_attention)(q, *caches, **options)
     return result

@@ -89,13 +89,20 @@ class AttentionCase:
     scale: float = 1.0
     softcap: float = 0.0
     blocks: str = ""
-    """Image blocks "start-stop+start-stop", the same in every request; "pad3" in front makes the first 3 keys padding."""
+    """Image blocks "start-stop+start-stop", and "pad3" where the first 3 keys are padding; the same in every request, or one
+    layout a request between slashes."""
+    free: int = 0
+    """1: tokens of a block see each other beyond the window (window_limits_blocks=False)."""
     lengths: str = ""
     """Keys of each request "7+130+1"; with flash_attn_varlen_func, query rows as "3:7+130:130+1:1"."""
     page: int = 0
     """Rows of a page; 0: contiguous."""
     new: int = 0
     """Rows appended by flash_attn_with_kvcache itself."""
+    leftpad: str = ""
+    """First row of each request in its cache, "3+0+7" (cache_leftpad)."""
+    shuffled: int = 0
+    """1: the cache has twice as many entries, and cache_batch_idx says which are used."""
     tags: frozenset[str] = field(default=frozenset({"full"}), compare=False)
 
     def __str__(self) -> str:
@@ -163,7 +170,7 @@ class AttentionCase:
         for b, length in enumerate(key_lengths(self)):
             for step in range(self.new):
                 row = length - self.new + step
-                entry, offset = b, row
+                entry, offset = int(made["cache_batch_idx"][b]) if self.shuffled else b, row
                 if self.page:
                     entry, offset = int(made["block_table"][b, row // self.page]), row % self.page
                 changed["k_cache"][entry, offset] = made["k"][b, step]
@@ -292,6 +299,23 @@ def _attention() -> Iterator[AttentionCase]:
         yield _full("k_eq_v_attention", sq=1, lengths="1+7+130+40", page=page, tags=tags)
         yield _full("k_eq_v_attention", sq=5, lengths="5+7+130+600", page=page)
     yield AttentionCase("flash_attn_with_kvcache", sq=3, lengths="0+1+2", hq=4, hkv=2, d=64, right=0)
+    # One layout of blocks a request; blocks that the window does not limit, on both kinds of layers.
+    small: Any = {"hq": 4, "hkv": 2, "d": 64, "right": 0}
+    layouts = "5-20+60-140/pad7+20-60/0-160"
+    for rows in (12, 160):
+        for free in (0, 1):
+            yield AttentionCase("flash_attn_func", b=3, sq=rows, sk=160, left=31, blocks=layouts, free=free, **small)
+        yield AttentionCase("flash_attn_func", b=3, sq=rows, sk=160, blocks=layouts, **small)
+    # Caches as runtimes keep them: entries in any order, rows that start later, blocks in pages, appends to all of these.
+    for rows in (1, 5, 20):
+        cache: Any = {"sq": rows, "lengths": "20+130+41", "left": 31, **small}
+        for new in (0, min(rows, 5)):
+            yield AttentionCase("flash_attn_with_kvcache", shuffled=1, new=new, **cache)
+            yield AttentionCase("flash_attn_with_kvcache", leftpad="3+0+30", new=new, **cache)
+            yield AttentionCase("flash_attn_with_kvcache", leftpad="3+0+30", shuffled=1, new=new, **cache)
+            for page in (0, 16):
+                blocks = "2-18/pad7+60-120/10-41"
+                yield AttentionCase("flash_attn_with_kvcache", blocks=blocks, page=page, new=new, **cache)
 
 
 _BENCH, _BENCH_QUICK = frozenset({"bench"}), frozenset({"bench", "bench-quick"})

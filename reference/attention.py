@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gemma4_kernels.reference.layers import compute_dtype
 from gemma4_kernels.reference.layers import softcap as apply_softcap
+from gemma4_kernels.reference.masks import BlockRule
 from gemma4_kernels.reference.masks import visible as visible_keys
 
 HIDDEN_KEY = -2
@@ -74,6 +75,7 @@ def flash_attention(
     softcap: float = 0.0,
     block_ids: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    block_rule: BlockRule = "window",
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """FlashAttention-2's function, computed the obvious way.
@@ -89,11 +91,14 @@ def flash_attention(
         block_ids: (B, Sk) integers: equal non-negative ids see each other both ways inside the left bound; -1: no
             block; -2: a key that nobody may see.
         key_lengths: (B,) integers, the keys in use.
+        block_rule: "forward" frees blocks of the left bound too, see `masks.visible`.
         dtype: of `out`; float64 computes in float64, everything else in float32.
     Returns: out (B, Sq, Hq, D) in `dtype`; lse (B, Hq, Sq). Rows that see nothing: zeros and -inf.
     Raises: ValueError, TypeError naming the argument.
     """
-    scale, mask = _flash_arguments(q, k, v, softmax_scale, causal, window_size, softcap, block_ids, key_lengths)
+    scale, mask = _flash_arguments(
+        q, k, v, softmax_scale, causal, window_size, softcap, block_ids, key_lengths, block_rule
+    )
     return attention(q, k, v, scale=scale, visible=mask, softcap=softcap, dtype=dtype)
 
 
@@ -108,6 +113,7 @@ def plain_attention(
     softcap: float = 0.0,
     block_ids: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    block_rule: BlockRule = "window",
 ) -> tuple[Tensor, Tensor]:
     """`flash_attention` at the tensors' own dtype, rounded where transformers' eager attention rounds.
 
@@ -116,7 +122,9 @@ def plain_attention(
 
     Returns: out (B, Sq, Hq, D) in q's dtype; lse (B, Hq, Sq) of the rounded scores, float32 (float64 for float64).
     """
-    scale, mask = _flash_arguments(q, k, v, softmax_scale, causal, window_size, softcap, block_ids, key_lengths)
+    scale, mask = _flash_arguments(
+        q, k, v, softmax_scale, causal, window_size, softcap, block_ids, key_lengths, block_rule
+    )
     return eager_attention(q, k, v, scale=scale, visible=mask, softcap=softcap)
 
 
@@ -171,6 +179,7 @@ def _flash_arguments(
     softcap: float,
     block_ids: Tensor | None,
     key_lengths: Tensor | None,
+    block_rule: BlockRule,
 ) -> tuple[float, Tensor]:
     """Check FlashAttention-2's arguments; the scale and the visibility matrix they describe."""
     _check_qkv(q, k, v)
@@ -190,6 +199,7 @@ def _flash_arguments(
         block_ids=block_ids,
         key_lengths=key_lengths,
         key_visible=None if block_ids is None else block_ids != HIDDEN_KEY,
+        block_rule=block_rule,
         device=q.device,
     )
     return q.shape[3] ** -0.5 if softmax_scale is None else softmax_scale, mask

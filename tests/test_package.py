@@ -48,6 +48,14 @@ def test_info_runs_from_the_wheel_with_only_torch_and_numpy(bare_environment, tm
 
 
 @pytest.mark.slow
+def test_validate_runs_from_the_wheel_with_only_torch_and_numpy(bare_environment, tmp_path):
+    found = json.loads(run(bare_environment / "gemma4-kernels", "validate", "--quick", "--json", cwd=tmp_path))
+    assert found["failed"] == 0
+    assert found["held"] > 20
+    assert all(check["reasons"] for check in found["checks"] if check["status"] == "skipped")
+
+
+@pytest.mark.slow
 def test_the_wheel_holds_the_reference_and_the_cases(bare_environment, tmp_path):
     code = """if True:
         from gemma4_kernels.bench.cases import attention_cases
