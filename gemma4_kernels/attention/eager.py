@@ -154,6 +154,9 @@ def _attend(q: Tensor, keys: Keys, request: Request, scale: float, softcap: floa
     if num_rows <= DECODE_ROWS:
         chunks = DECODE_TILE_NUMBERS // (CHUNK_KEYS * keys.num_heads * head_dim)
         tile_rows, tile_keys = 1, CHUNK_KEYS * max(1, chunks)
+        start, stop = request.key_range(0, num_rows - 1)
+        if stop - start <= tile_keys + DECODE_ROWS:  # a window, wherever each of the rows has it
+            keys.hold(start, stop)
     group = num_heads // keys.num_heads
     for first in range(0, num_rows, tile_rows):
         rows = q[first : first + tile_rows]  # (R, Hq, D)

@@ -70,6 +70,9 @@ class Keys(Protocol):
 
     num_heads: int
 
+    def hold(self, start: int, stop: int) -> None:
+        """Fetch and convert keys start..stop once, for several rows that read nearly the same ones."""
+
     def prepare(self, q: Tensor) -> tuple[Tensor, ...]:
         """q (H, M, D), scaled -> what `scores` wants of it."""
 
@@ -80,20 +83,37 @@ class Keys(Protocol):
         """(H, M, D): weights (H, M, T) times values start..stop, of which those not `present` (T,) are taken as 0."""
 
 
+class Source:
+    """Rows of one request in the dtype of the sums; the last ones fetched are kept, for whoever asks for a part of them."""
+
+    def __init__(self, rows: Rows, dtype: torch.dtype) -> None:
+        self.rows, self.dtype = rows, dtype
+        self.kept: tuple[int, int, Tensor] | None = None
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """(stop - start, H, D)"""
+        if self.kept is None or start < self.kept[0] or stop > self.kept[1]:
+            self.kept = (start, stop, _in_dtype(self.rows(start, stop), self.dtype))
+        return self.kept[2][start - self.kept[0] : stop - self.kept[0]]
+
+
 class SeparateKeys:
     """Keys and values stored side by side."""
 
     def __init__(self, keys: Rows, values: Rows, num_heads: int, dtype: torch.dtype) -> None:
-        self.keys, self.values, self.num_heads, self.dtype = keys, values, num_heads, dtype
+        self.keys, self.values, self.num_heads = Source(keys, dtype), Source(values, dtype), num_heads
+
+    def hold(self, start: int, stop: int) -> None:
+        self.keys(start, stop), self.values(start, stop)
 
     def prepare(self, q: Tensor) -> tuple[Tensor, ...]:
         return (q,)
 
     def scores(self, prepared: tuple[Tensor, ...], start: int, stop: int) -> Tensor:
-        return _scores(prepared[0], _in_dtype(self.keys(start, stop), self.dtype))
+        return _scores(prepared[0], self.keys(start, stop))
 
     def weighted_values(self, weights: Tensor, start: int, stop: int, present: Tensor | None) -> Tensor:
-        return _weighted(weights, _in_dtype(self.values(start, stop), self.dtype), present)
+        return _weighted(weights, self.values(start, stop), present)
 
 
 class KeysFromValues:
@@ -107,7 +127,7 @@ class KeysFromValues:
     def __init__(
         self, values: Rows, num_heads: int, k_norm_weight: Tensor, inv_freq: Tensor, dtype: torch.dtype
     ) -> None:
-        self.values, self.num_heads, self.dtype = values, num_heads, dtype
+        self.values, self.num_heads, self.dtype = Source(values, dtype), num_heads, dtype
         self.weight = k_norm_weight.to(dtype)  # (D,)
         self.low, self.high, self.unrotated = _columns(inv_freq)
         self.frequency = inv_freq.to(dtype)[self.low]  # (P,)
@@ -115,8 +135,10 @@ class KeysFromValues:
         angle = torch.arange(CHUNK_KEYS, device=inv_freq.device, dtype=dtype)[:, None] * self.frequency  # (CHUNK, P)
         self.cos_low, self.sin_low = angle.cos() * self.weight[self.low], angle.sin() * self.weight[self.low]
         self.cos_high, self.sin_high = angle.cos() * self.weight[self.high], angle.sin() * self.weight[self.high]
-        self.tile: tuple[int, int, Tensor] | None = None
         self.buffer: Tensor | None = None
+
+    def hold(self, start: int, stop: int) -> None:
+        self.values(start, stop)
 
     def prepare(self, q: Tensor) -> tuple[Tensor, ...]:
         return q[..., self.low], q[..., self.high], *(q[..., part] * self.weight[part] for part in self.unrotated)
@@ -126,7 +148,7 @@ class KeysFromValues:
         size = min(CHUNK_KEYS, stop - start)
         chunks = (stop - start) // size
         cos, sin = self._turn(start, chunks)  # (C, 1, P)
-        values = self._tile(start, stop).unflatten(0, (chunks, size))  # (C, CHUNK, H, D)
+        values = self.values(start, stop).unflatten(0, (chunks, size))  # (C, CHUNK, H, D)
         heads = []
         for head in range(self.num_heads):
             v = values[:, :, head]  # (C, CHUNK, D)
@@ -142,13 +164,7 @@ class KeysFromValues:
         return torch.stack(heads) if self.num_heads > 1 else heads[0].unsqueeze(0)
 
     def weighted_values(self, weights: Tensor, start: int, stop: int, present: Tensor | None) -> Tensor:
-        return _weighted(weights, self._tile(start, stop), present)
-
-    def _tile(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop in the dtype of the sums: converted once for both products."""
-        if self.tile is None or self.tile[:2] != (start, stop):
-            self.tile = (start, stop, _in_dtype(self.values(start, stop), self.dtype))
-        return self.tile[2]
+        return _weighted(weights, self.values(start, stop), present)
 
     def _turned(self, values: Tensor) -> Tensor:
         """values (C, CHUNK, D) -> their rotated columns, turned forward by the offset in the chunk: (C, CHUNK, 2P)."""
