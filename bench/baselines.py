@@ -89,7 +89,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], scale: float
     if not causal and rows * keys > MAX_SCORES:
         return f"its mask would hold {rows * keys:.1e} elements"
     mask = None if causal else _mask(rows, keys, window, q.device)
-    grouped = heads != kv_heads and dim <= GQA_HEAD_DIM
+    # With a mask, CUDA's fast paths take no groups: left to the flag, SDPA would fall to its slowest one.
+    grouped = heads != kv_heads and dim <= GQA_HEAD_DIM and (mask is None or q.device.type != "cuda")
 
     def run() -> Tensor:
         keys_, values = k, v

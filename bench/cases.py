@@ -60,6 +60,17 @@ class Case(Protocol):
     def operations(self) -> int: ...
 
 
+_ALL = {"hq", "hkv", "d", "dtype", "scale"}
+_MASKED = _ALL | {"left", "right", "softcap"}
+FIELDS_OF: dict[str, set[str]] = {
+    "flash_attn_func": _MASKED | {"b", "sq", "sk", "blocks", "free"},
+    "flash_attn_varlen_func": _MASKED | {"lengths", "page"},
+    "flash_attn_with_kvcache": _MASKED | {"b", "sq", "sk", "lengths", "page", "new", "blocks", "leftpad", "shuffled"},
+    "k_eq_v_attention": _ALL | {"b", "sq", "sk", "lengths", "page"},
+}
+"""What each function's cases may set."""
+
+
 class Part(NamedTuple):
     """Rows of one head of one request: a piece of a result that depends on nothing else in the call."""
 
@@ -104,6 +115,35 @@ class AttentionCase:
     shuffled: int = 0
     """1: the cache has twice as many entries, and cache_batch_idx says which are used."""
     tags: frozenset[str] = field(default=frozenset({"full"}), compare=False)
+
+    @classmethod
+    def refuse(cls, op: str, given: dict[str, Any]) -> None:
+        """Raise ValueError unless the fields of a case string make a case of `op`."""
+        limits = {"b": 1, "sq": 0, "sk": 0, "hq": 1, "hkv": 1, "d": 1, "left": -1, "right": -1, "page": 0, "new": 0}
+        for name, least in limits.items():
+            if given.get(name, least) < least:
+                raise ValueError(f"parse: {name} must be at least {least}, got {given[name]}")
+        for name in ("free", "shuffled"):
+            if given.get(name, 0) not in (0, 1):
+                raise ValueError(f"parse: {name} must be 0 or 1, got {given[name]}")
+        if given.get("dtype", cls.dtype) not in DTYPES:
+            raise ValueError(f"parse: dtype must be one of {', '.join(DTYPES)}, got {given['dtype']!r}")
+        if given.get("hq", cls.hq) % given.get("hkv", cls.hkv):
+            raise ValueError("parse: hq must be a multiple of hkv")
+        if useless := given.keys() - FIELDS_OF[op]:
+            raise ValueError(f"parse: {op} has no use for {', '.join(sorted(useless))}")
+        number = r"\d+:\d+" if op == "flash_attn_varlen_func" else r"\d+"
+        layout = r"(pad\d+|\d+-\d+)"
+        forms = {
+            "lengths": rf"{number}(\+{number})*",
+            "leftpad": r"\d+(\+\d+)*",
+            "blocks": rf"{layout}([+/]{layout})*",
+        }
+        for name, form in forms.items():
+            if name in given and not re.fullmatch(form, given[name]):
+                raise ValueError(f"parse: {name} must look like {form}, got {given[name]!r}")
+        if op == "flash_attn_varlen_func" and "lengths" not in given:
+            raise ValueError(f"parse: {op} needs lengths")
 
     def __str__(self) -> str:
         shown = [f.name for f in fields(self) if f.name not in ("op", "tags") and getattr(self, f.name) != f.default]
@@ -224,6 +264,7 @@ def parse(text: str) -> Any:
         if name not in kinds:
             raise ValueError(f"parse: a case has no field {name!r}; fields are {', '.join(kinds)}")
         given[name] = kinds[name](value)
+    case_type.refuse(match[1], given)
     case = case_type(match[1], **given)
     return next((known for known in all_cases() if str(known) == str(case)), case)
 

@@ -70,6 +70,15 @@ def device_memory(device: torch.device) -> int | None:
     return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
 
 
+def answers(device: torch.device) -> bool:
+    """Whether the device still works: an illegal access by a kernel breaks it for the rest of the process."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that a program may still allocate; None if nobody says."""
     if device.type == "cuda":

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ ROW = {
     "sheet_share": NUMBER + "?",  # of the data sheet's
 }  # fmt: skip
 
+# A row that was timed has all of these.
+TIMES = ("median_us", "quartile_us", "fastest_us")
+TOGETHER = (*TIMES, "spread", "rounds", "gbs", "tflops", "bound", "share")
+SHORTEST_US, LONGEST_US = 1e-6, 1e12
+
 MACHINE = {
     "device": TEXT, "name": TEXT, "architecture": TEXT, "memory_gib": NUMBER + "?", "processor": TEXT,
     "threads": WHOLE, "system": TEXT, "python": TEXT, "torch": TEXT, "torch_cuda": TEXT + "?",
@@ -61,7 +67,7 @@ CHOICES = {"kind": ("kernel", "baseline"), "status": ("held", "failed", "skipped
 
 # A home directory, whose name is a person's: everything up to the end of that name.
 _HOME = re.compile(r"(?:/home/|/Users/|[A-Za-z]:[\\/]+Users[\\/]+)[^\s/\\\"':]+|/root(?=[/\s\"':]|$)")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class RecordError(ValueError):
@@ -124,6 +130,18 @@ def check(record: Any, where: str) -> None:
         raise RecordError(f"{where} has {len(rows)} rows, at most {MAX_ROWS} are read")
     for number, row in enumerate(rows):
         _check_fields(row, ROW, f"{where}: row {number}")
+        timed = [name for name in TOGETHER if row[name] is not None]
+        if timed and len(timed) < len(TOGETHER):
+            missing = next(name for name in TOGETHER if row[name] is None)
+            raise RecordError(f"{where}: row {number} has {timed[0]} without {missing}")
+        for name in TIMES:
+            if row[name] is not None and not SHORTEST_US <= row[name] <= LONGEST_US:
+                raise RecordError(
+                    f"{where}: row {number}: {name} must be a time in microseconds, got {_shown(row[name])}"
+                )
+    twice = Counter((row["case"], row["by"]) for row in rows).most_common(1)
+    if twice and twice[0][1] > 1:
+        raise RecordError(f"{where} has more than one row for {_shown(twice[0][0][0])} by {_shown(twice[0][0][1])}")
 
 
 def objections(record: dict[str, Any]) -> list[str]:

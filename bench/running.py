@@ -130,7 +130,7 @@ def _groups(cases: Sequence[Case], settings: Settings) -> Iterator[list[Case]]:
     group: list[Case] = []
     taken = 0
     for case in cases:
-        size = case.input_bytes() * copies_needed(case.input_bytes(), cache, room)
+        size = case.input_bytes() * copies_needed(case.bytes_moved(), case.input_bytes(), cache, room)
         if group and (taken + size > room or len(group) == GROUP_CASES):
             yield group
             group, taken = [], 0
@@ -147,7 +147,7 @@ def _room(device: torch.device) -> int:
 def _prepare(case: Case, settings: Settings, progress: Progress) -> _Entry:
     """Validate a case, and make the calls of what held."""
     device = settings.device
-    copies = copies_needed(case.input_bytes(), machine.cache_bytes(device), _room(device))
+    copies = copies_needed(case.bytes_moved(), case.input_bytes(), machine.cache_bytes(device), _room(device))
     entry = _Entry(case, [], {}, copies)
     reason = too_large(case, device) or (too_slow(case, device) if settings.limit_cpu else None)
     if reason is not None:
@@ -218,7 +218,7 @@ def _add_baselines(entry: _Entry, sets: list[dict[str, Any]]) -> None:
 
 def _fill_in(entry: _Entry, measured: ceilings.Ceilings, settings: Settings) -> None:
     case = entry.case
-    size, cache = case.input_bytes(), machine.cache_bytes(settings.device)
+    cache = machine.cache_bytes(settings.device)
     for row in entry.rows:
         subject = entry.subjects.get(row["by"])
         if subject is None:
@@ -243,7 +243,7 @@ def _fill_in(entry: _Entry, measured: ceilings.Ceilings, settings: Settings) -> 
             rounds=len(subject.rounds),
             calls=subject.num_calls,
             copies=entry.copies,
-            cold=are_cold(entry.copies, size, cache) or size > 2 * cache,
+            cold=are_cold(entry.copies, case.bytes_moved(), cache),
             timed_with=subject.batches[0].method,
             gbs=_digits(gbs),
             tflops=_digits(tflops),

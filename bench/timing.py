@@ -209,19 +209,20 @@ def summarise(rounds: Sequence[float]) -> Summary:
     return Summary(median, lower, min(rounds), (upper - lower) / median)
 
 
-def copies_needed(input_bytes: int, cache: int, room: int | None) -> int:
+def copies_needed(touched: int, input_bytes: int, cache: int, room: int | None) -> int:
     """How many copies of the inputs the calls rotate over.
 
     Args:
-        input_bytes: of one copy.
+        touched: bytes of one copy that a call reads or writes; a window leaves most of a long cache alone.
+        input_bytes: of one copy, in memory.
         cache: bytes of the last cache.
         room: bytes that all copies may take together; None for no limit.
     """
-    wanted = -(-CACHE_MULTIPLE * cache // max(1, input_bytes)) + 1
+    wanted = -(-CACHE_MULTIPLE * cache // max(1, touched)) + 1
     affordable = MAX_COPIES if room is None else room // max(1, input_bytes)
     return max(1, min(wanted, MAX_COPIES, affordable))
 
 
-def are_cold(copies: int, input_bytes: int, cache: int) -> bool:
-    """Whether a copy has left the cache when its turn comes again."""
-    return (copies - 1) * input_bytes >= cache
+def are_cold(copies: int, touched: int, cache: int) -> bool:
+    """Whether a copy has left the cache when its turn comes again: the others, or itself alone, are larger."""
+    return (copies - 1) * touched >= cache or touched > CACHE_MULTIPLE * cache

@@ -73,12 +73,15 @@ def check_all(
 ) -> Iterator[list[Check]]:
     """`check_case`, case after case. With limit_cpu, a CPU skips what would take it minutes."""
     names = tuple(names)
+    lost: str | None = None
     for case in cases:
-        reason = too_large(case, device) or (too_slow(case, device) if limit_cpu else None)
+        reason = lost or too_large(case, device) or (too_slow(case, device) if limit_cpu else None)
         if reason is not None:
             yield [_skipped(case, name, device, reason) for name in names]
         else:
             yield check_case(case, names, device)
+            if not machine.answers(device):
+                lost = f"the device was lost after {case}: nothing after that says anything"
 
 
 def too_slow(case: Case, device: torch.device) -> str | None:
@@ -143,7 +146,9 @@ def _run(case: Case, name: str, made: Inputs, expected_inputs: Inputs, device: t
                 if not _all_same(*results):
                     results.append(_call(case, made, expected_inputs, device, reasons))
     except BackendError as error:  # a part of the call, an append for instance, has no kernel in this backend
-        results, reasons, refusal = [], [], str(error).splitlines()[0]
+        results = []
+        if not reasons:  # what it did before it gave up counts
+            refusal = str(error).splitlines()[0]
     except Exception as error:
         results = []
         reasons.append(f"raised {type(error).__name__}: {error}".strip())

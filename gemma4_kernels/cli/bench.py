@@ -122,7 +122,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
 def selected(arguments: argparse.Namespace) -> list[Case]:
     """--quick: nine cases that a CPU can time in a minute or two; else all, of which a CPU skips the largest unless --full."""
     if arguments.only:
-        return [parse(text) for text in arguments.only]
+        return list({text: parse(text) for text in arguments.only}.values())
     chosen: list[Case] = select(all_cases(), "bench-quick" if arguments.quick else "bench")
     return chosen
 
@@ -132,6 +132,9 @@ def _status(rows: list[dict[str, Any]]) -> int:
     if any(row["status"] == "failed" for row in kernels):
         print("bench: a kernel failed its validation and was not timed", file=sys.stderr)
         return FAILED
+    if untimed := [row for row in kernels if row["worst"] is not None and row["status"] == "skipped"]:
+        print(f"bench: {untimed[0]['case']} on {untimed[0]['by']} held and could not be timed", file=sys.stderr)
+        return NOTHING
     if not any(row["median_us"] for row in kernels):
         print("bench: nothing was timed", file=sys.stderr)
         return NOTHING

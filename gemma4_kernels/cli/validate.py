@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
 def selected(arguments: argparse.Namespace) -> list[Case]:
     """The cases that the arguments name. Raises ValueError for a string that is no case."""
     if arguments.only:
-        return [parse(text) for text in arguments.only]
+        return list({text: parse(text) for text in arguments.only}.values())
     cases = all_cases()
     chosen: list[Case] = select(cases, "quick" if arguments.quick else "full")
     return chosen + (select(cases, "bench") if arguments.full else [])

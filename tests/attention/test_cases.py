@@ -54,8 +54,15 @@ def test_inputs_of_a_case_are_the_same_every_time():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "flash_attn_func", "nothing(b=1)", "flash_attn_func(zz=1)", "flash_attn_func(b=x)"]
-)
+    "text",
+    [
+        "", "flash_attn_func", "nothing(b=1)", "flash_attn_func(zz=1)", "flash_attn_func(b=x)", "flash_attn_func(b=0)",
+        "flash_attn_func(sq=-1)", "flash_attn_func(hkv=0)", "flash_attn_func(hq=3,hkv=2)", "flash_attn_func(left=-5)",
+        "flash_attn_func(dtype=int8)", "flash_attn_func(blocks=xx)", "flash_attn_func(sk=4,page=16)",
+        "flash_attn_func(new=2)", "flash_attn_func(free=2)", "flash_attn_varlen_func(left=3)",
+        "flash_attn_varlen_func(lengths=3+4)", "flash_attn_with_kvcache(lengths=a+b)", "k_eq_v_attention(left=3)",
+    ],
+)  # fmt: skip
 def test_a_string_that_is_no_case_is_refused(text):
     with pytest.raises(ValueError, match=r"parse|invalid"):
         parse(text)

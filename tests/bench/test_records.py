@@ -191,3 +191,19 @@ def test_a_description_of_this_machine_fits_the_schema_and_names_nobody(monkeypa
     assert described["unknown_because"] == "cpu has no nvidia-smi"
     assert "alice" not in json.dumps(described)
     assert os.uname().nodename not in json.dumps(described)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([row(median_us=None)], "row 0 has quartile_us without median_us"),
+        ([row(share=None)], "row 0 has median_us without share"),
+        ([row(fastest_us=5e-324)], "fastest_us must be a time in microseconds"),
+        ([row(quartile_us=1e17)], "quartile_us must be a time in microseconds"),
+        ([row(reason="\ud800")], "reason must be text"),
+        ([row(), row()], "has more than one row for flash_attn_func"),
+    ],
+)
+def test_rows_that_would_crash_a_table_or_a_comparison_are_refused(tmp_path, rows, message):
+    with pytest.raises(RecordError, match=message):
+        records.load(written(tmp_path, record(rows)))

@@ -111,19 +111,26 @@ def test_a_sample_that_is_none_is_refused(rounds):
 
 
 def test_copies_exceed_the_cache_twice():
-    assert copies_needed(10, cache=100, room=None) == 21
+    assert copies_needed(10, 10, cache=100, room=None) == 21
     assert are_cold(21, 10, cache=100)
-    assert copies_needed(1000, cache=100, room=None) == 2
-    assert are_cold(2, 1000, cache=100)
-    assert not are_cold(1, 1000, cache=100)
+    assert copies_needed(1000, 1000, cache=100, room=None) == 2
+    assert are_cold(1, 1000, cache=100)  # by itself it exceeds the cache
+    assert not are_cold(1, 150, cache=100)
+
+
+def test_a_window_over_a_long_cache_is_cold_by_what_it_touches():
+    """A call that reads 10 of 1000 bytes finds them in the cache again, however large its inputs are."""
+    assert copies_needed(10, 1000, cache=100, room=None) == 21
+    assert copies_needed(10, 1000, cache=100, room=2000) == 2
+    assert not are_cold(2, 10, cache=100)
 
 
 def test_copies_stay_within_the_room_and_say_that_they_are_warm():
-    copies = copies_needed(10, cache=100, room=45)
+    copies = copies_needed(10, 10, cache=100, room=45)
     assert copies == 4
     assert not are_cold(copies, 10, cache=100)
-    assert copies_needed(10, cache=100, room=5) == 1
-    assert copies_needed(1, cache=10**9, room=None) == timing.MAX_COPIES
+    assert copies_needed(10, 10, cache=100, room=5) == 1
+    assert copies_needed(1, 1, cache=10**9, room=None) == timing.MAX_COPIES
 
 
 def test_ceilings_are_bytes_and_operations_over_the_fastest_round():

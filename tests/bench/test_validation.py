@@ -231,3 +231,13 @@ def test_poison_leaves_no_trace():
         assert torch.empty(5).isnan().all()
     assert torch.get_deterministic_debug_mode() == 0
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_a_lost_device_was_asked_afterwards_is_skipped_and_what_came_before_is_kept(monkeypatch):
+    """An illegal access breaks a GPU for the rest of the process: nothing after it means anything."""
+    answers = iter([True, False])
+    monkeypatch.setattr(machine, "answers", lambda device: next(answers))
+    cases = [SMALL, replace(SMALL, sq=4), replace(SMALL, sq=3)]
+    found = [checks[0] for checks in validation.check_all(cases, ["eager"], CPU)]
+    assert [check.status for check in found] == ["held", "held", "skipped"]
+    assert found[2].reasons[0].startswith(f"the device was lost after {cases[1]}")
