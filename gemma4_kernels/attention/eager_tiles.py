@@ -93,8 +93,12 @@ class Source:
     def __call__(self, start: int, stop: int) -> Tensor:
         """(stop - start, H, D)"""
         if self.kept is None or start < self.kept[0] or stop > self.kept[1]:
-            self.kept = (start, stop, _in_dtype(self.rows(start, stop), self.dtype))
-        return self.kept[2][start - self.kept[0] : stop - self.kept[0]]
+            self.kept = (start, stop, self.rows(start, stop).to(self.dtype))
+        part = self.kept[2][start - self.kept[0] : stop - self.kept[0]]
+        if any(stride * part.element_size() % 64 for stride in part.stride()[:2]):
+            # BLAS treats the odd ends of an unaligned row by themselves: its sums would depend on where the rows lie.
+            return part.clone(memory_format=torch.contiguous_format)
+        return part
 
 
 class SeparateKeys:
@@ -191,15 +195,6 @@ class KeysFromValues:
         coarse, fine = base * leading, base * (self.frequency - leading)
         cos_coarse, sin_coarse, cos_fine, sin_fine = coarse.cos(), coarse.sin(), fine.cos(), fine.sin()
         return cos_coarse * cos_fine - sin_coarse * sin_fine, sin_coarse * cos_fine + cos_coarse * sin_fine
-
-
-def _in_dtype(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """rows (T, H, D) in the dtype of the sums, without a copy if they have it and lie well in memory."""
-    converted = rows.to(dtype)
-    if converted is rows and any(stride * rows.element_size() % 64 for stride in rows.stride()[:2]):
-        # BLAS treats the odd ends of an unaligned row by themselves: its sums would depend on where a request lies.
-        return converted.clone(memory_format=torch.contiguous_format)
-    return converted
 
 
 def _scores(q: Tensor, keys: Tensor) -> Tensor:

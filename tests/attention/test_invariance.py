@@ -145,3 +145,18 @@ def test_row_bits_do_not_depend_on_where_a_request_starts_in_memory(dim):
     for b in range(3):
         alone = flash_attn_func(q[b : b + 1].clone(), k[b : b + 1].clone(), v[b : b + 1].clone(), 1.0, True)
         assert torch.equal(alone[0], together[b])
+
+
+@pytest.mark.parametrize("dim", [7, 33, 80])
+def test_row_bits_do_not_depend_on_where_a_window_starts_in_memory(dim, dtype):
+    """Rows of one verification read windows that start one key apart: at another alignment each."""
+    rng = draw.generator(dim)
+    q = draw.queries((1, 8, 4, dim), rng).to(dtype)
+    k, v = draw.keys((1, 90, 2, dim), rng).to(dtype), draw.values((1, 90, 2, dim), rng).to(dtype)
+    together = flash_attn_func(q, k, v, 1.0, True, (40, 0))
+    for row in range(8):
+        stop = 90 - 8 + row + 1
+        alone = flash_attn_func(q[:, row : row + 1], k[:, :stop].clone(), v[:, :stop].clone(), 1.0, True, (40, 0))
+        trimmed = [x[:, stop - 41 : stop].clone() for x in (k, v)]
+        assert torch.equal(alone[:, 0], together[:, row])
+        assert torch.equal(flash_attn_func(q[:, row : row + 1], *trimmed, 1.0, True, (40, 0))[:, 0], together[:, row])
