@@ -107,14 +107,16 @@ class Request:
             )
         return int(self.block_reach[0][first:stop].min()), int(self.block_reach[1][first:stop].max())
 
-    def visible(self, first_row: int, num_rows: int, start: int, stop: int, device: torch.device) -> Tensor | None:
-        """(num_rows, stop - start) bool; None where every row sees every key."""
+    def visible(
+        self, first_row: int, num_rows: int, start: int, stop: int, present: Tensor | None, device: torch.device
+    ) -> Tensor | None:
+        """(num_rows, stop - start) bool, of the keys that are `present`; None where every row sees every key."""
         tokens = self.query_start + first_row  # int or ()
         edge_right = edge_left = True
         if isinstance(tokens, int):
             edge_right = self.right >= 0 and tokens + self.right < stop - 1
             edge_left = self.left >= 0 and start < tokens + num_rows - 1 - self.left
-        if self.on_host and self.block_ids is None and not (edge_right or edge_left):
+        if present is None and not (edge_right or edge_left):
             return None
         token = (torch.arange(num_rows, device=device) + tokens)[:, None]  # (num_rows, 1)
         key = torch.arange(start, stop, device=device)  # (T,)
@@ -132,7 +134,6 @@ class Request:
             seen &= key >= token - self.left
         if same_block is not None and not self.window_limits_blocks:
             seen |= same_block
-        present = self.present(start, stop, device)
         return seen if present is None else seen & present
 
     def present(self, start: int, stop: int, device: torch.device) -> Tensor | None:
@@ -184,7 +185,8 @@ def _attend_tile(
         scores = keys.scores(prepared, start, start + size)  # (Hkv, M, T)
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
-        seen = request.visible(first_row, num_rows, start, start + size, q.device)
+        present = request.present(start, start + size, q.device)
+        seen = request.visible(first_row, num_rows, start, start + size, present, q.device)
         if seen is not None:
             scores.unflatten(1, (num_rows, -1)).masked_fill_(~seen[:, None], float("-inf"))
         new_max = torch.maximum(running_max, row_max(scores))
@@ -193,7 +195,6 @@ def _attend_tile(
         weights = scores.sub_(safe_max).exp_()
         rescale = (running_max - safe_max).exp_()
         running_sum = running_sum * rescale + weights.sum(dim=-1, keepdim=True)
-        present = request.present(start, start + size, q.device)
         accumulated = accumulated * rescale + keys.weighted_values(weights, start, start + size, present)
         running_max = new_max
         start += size

@@ -9,7 +9,7 @@ Results go to stdout, progress to stderr.
     gemma4-kernels bench --static                      what compiled kernels say without a GPU
 
 Exit status: 0; 1 a kernel failed its validation and was not timed, or `compare` found a SLOW row; 2 wrong arguments or an
-unreadable record; 3 nothing was timed, or the records have no row in common.
+unreadable record; 3 nothing was timed, or a kernel held and could not be, or the records have no row in common.
 """
 
 from __future__ import annotations

@@ -163,10 +163,8 @@ def _blocks(batch_size: int, token: Tensor, mask_function: Callable[..., Tensor]
     elif token.device.type == "cpu" and not bool(joined.any()):
         return None
     edge = joined.new_zeros((batch_size, 1))
-    after, before = (
-        torch.cat((edge, joined), dim=1),
-        torch.cat((joined, edge), dim=1),
-    )  # (B, Skv): joined to a neighbour
+    after = torch.cat((edge, joined), dim=1)  # (B, Skv): joined to the token before
+    before = torch.cat((joined, edge), dim=1)  # (B, Skv): joined to the token after
     number = (~after).cumsum(dim=1) - 1
     return torch.where(after | before, number, -1)
 
