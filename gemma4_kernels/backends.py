@@ -57,6 +57,10 @@ class Implementation:
     max_head_dim: int | None = None
     missing: Callable[[], str | None] = field(default=lambda: None, compare=False)
     """Says what the machine lacks ("triton is not installed"), or None."""
+    refuses: Callable[[Call], str | None] = field(default=lambda call: None, compare=False)
+    """Says why it cannot serve a call, where the fields above do not tell, or None."""
+    only_by_name: Callable[[Call], str | None] = field(default=lambda call: None, compare=False)
+    """Says why it is passed over unless it is asked for by name, or None."""
 
     def refusal(self, call: Call) -> str | None:
         """Why this implementation cannot serve the call; None if it can."""
@@ -72,7 +76,7 @@ class Implementation:
             return f"head_dim goes to {self.max_head_dim}, the call has {call.head_dim}"
         if absent := call.features - self.features:
             return f"does not support {_words(absent)}"
-        return None
+        return self.refuses(call)
 
     @cached_property
     def function(self) -> Callable[..., Any]:
@@ -226,6 +230,8 @@ def _survey(call: Call, requested: str | None) -> Explanation:
             choices.append(Choice(backend, False, refusal))
         elif requested is not None and requested != backend:
             choices.append(Choice(backend, False, f"could serve it, but {requested} was asked for"))
+        elif requested is None and implementation is not None and (reason := implementation.only_by_name(call)):
+            choices.append(Choice(backend, False, reason))
         elif taken:
             choices.append(Choice(backend, False, "could serve it, but comes later in the order"))
         else:

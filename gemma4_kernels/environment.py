@@ -9,3 +9,8 @@ def requested_backend() -> str | None:
     """GEMMA4_BACKEND: the backend to use for every op; unset, empty or "auto" leaves the choice to the package."""
     value = os.environ.get("GEMMA4_BACKEND", "").strip().lower()
     return None if value in ("", "auto") else value
+
+
+def triton_interprets() -> bool:
+    """TRITON_INTERPRET, Triton's own variable: its kernels run on the CPU. Triton reads it when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "").strip().lower() in ("1", "true", "on", "y", "yes")

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from backend_helpers import standing_in
 
-from gemma4_kernels import backends
 from gemma4_kernels.attention import eager
 from gemma4_kernels.backends import Implementation
 from gemma4_kernels.bench import records
@@ -30,16 +30,12 @@ def serve(*arguments: Any) -> Any:
 def kernel(op: str, function: Callable[..., Any]) -> Iterator[None]:
     """Serve an op on the backend "triton" with a Python function that takes the op's arguments."""
     _current["kernel"] = function
-    backends.register(
-        Implementation(
-            op=op, backend="triton", entry=f"{__name__}:serve", dtypes=frozenset(FLOATS),
-            features=frozenset({"block_ids", "softcap", "window", "paged"}),
-        )
+    stand_in = Implementation(
+        op=op, backend="triton", entry=f"{__name__}:serve", dtypes=frozenset(FLOATS),
+        features=frozenset({"block_ids", "softcap", "window", "paged"}),
     )  # fmt: skip
-    try:
+    with standing_in(stand_in):
         yield
-    finally:
-        backends.unregister(op, "triton")
 
 
 def spoiled(spoil: Callable[[torch.Tensor, torch.Tensor], None]) -> Callable[..., Any]:

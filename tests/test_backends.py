@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from backend_helpers import standing_in
 
 from gemma4_kernels import BackendError, backends, explain, flash_attn_func, use_backend
 from gemma4_kernels.backends import Call, Implementation
@@ -22,21 +23,19 @@ def recording_flash_attn(q, k, v, *_):
 @pytest.fixture
 def triton():
     """A stand-in of the triton backend: bf16 only, head_dim to 64, no image blocks."""
-    backends.register(
-        Implementation(
-            op="flash_attn",
-            backend="triton",
-            entry=f"{__name__}:recording_flash_attn",
-            dtypes=frozenset({torch.bfloat16}),
-            features=frozenset({"window"}),
-            device_types=frozenset({"cpu"}),
-            max_head_dim=64,
-        )
+    stand_in = Implementation(
+        op="flash_attn",
+        backend="triton",
+        entry=f"{__name__}:recording_flash_attn",
+        dtypes=frozenset({torch.bfloat16}),
+        features=frozenset({"window"}),
+        device_types=frozenset({"cpu"}),
+        max_head_dim=64,
     )
     calls.clear()
     backends._logged.clear()
-    yield
-    backends.unregister("flash_attn", "triton")
+    with standing_in(stand_in):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -125,12 +124,9 @@ def test_what_the_machine_lacks_is_a_reason():
         op="flash_attn", backend="triton", entry="nowhere:nothing", dtypes=frozenset({torch.bfloat16}),
         features=frozenset(), missing=lambda: "triton is not installed",
     )  # fmt: skip
-    backends.register(lacking)
-    try:
+    with standing_in(lacking):
         assert "triton  triton is not installed" in str(explain("flash_attn_func", dtype=torch.bfloat16))
         flash_attn_func(*qkv())  # eager serves it
-    finally:
-        backends.unregister("flash_attn", "triton")
 
 
 def test_explain_takes_needs_instead_of_tensors():
@@ -140,7 +136,7 @@ def test_explain_takes_needs_instead_of_tensors():
     assert explanation.call == Call(
         op="k_eq_v_attention", device_type="cuda", architecture="sm_86", head_dim=512, features=frozenset({"paged"})
     )
-    assert explanation.taken == "eager"
+    assert explanation.taken == "triton"
     assert "sm_86" in str(explanation)
 
 

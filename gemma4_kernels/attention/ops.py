@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_kernels import backends, checks
+from gemma4_kernels import backends, checks, triton_support
 from gemma4_kernels.backends import Call, Implementation
 
 DECODE_ROWS = 16
@@ -289,5 +289,18 @@ for _op in DESCRIBERS:
             dtypes=frozenset(checks.FLOATS),
             features=_ALL_FEATURES,
             max_head_dim=MAX_HEAD_DIM,
+        )
+    )
+    backends.register(
+        Implementation(
+            op=_op,
+            backend="triton",
+            entry=f"gemma4_kernels.attention.triton.backend:{_op}",
+            dtypes=frozenset({torch.bfloat16, torch.float16, torch.float32}),
+            features=_ALL_FEATURES,
+            max_head_dim=MAX_HEAD_DIM,
+            missing=triton_support.missing,
+            refuses=triton_support.refuses,
+            only_by_name=triton_support.only_by_name,
         )
     )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backend_helpers import standing_in
 from bench_helpers import APPENDING, SMALL, kernel, spoiled
 
 from gemma4_kernels.attention import eager
@@ -110,19 +111,7 @@ def test_an_append_must_reach_the_cache():
 
 def kernel_of_attention():
     """flash_attn_kvcache on "triton" by its eager implementation, beside another op of `kernel`."""
-    from contextlib import contextmanager
-
-    from gemma4_kernels import backends
-
-    @contextmanager
-    def both():
-        backends.register(replace(backends._implementations["flash_attn_kvcache", "eager"], backend="triton"))
-        try:
-            yield
-        finally:
-            backends.unregister("flash_attn_kvcache", "triton")
-
-    return both()
+    return standing_in(replace(backends._implementations["flash_attn_kvcache", "eager"], backend="triton"))
 
 
 def test_results_that_differ_from_run_to_run_are_noticed():

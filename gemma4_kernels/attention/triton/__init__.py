@@ -1,0 +1,1 @@
+"""Attention in Triton. `backend` holds the ops; nothing here is imported before its first call."""

@@ -1,0 +1,43 @@
+"""What any family's Triton kernels need of a machine. Triton itself is not imported here."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+
+from gemma4_kernels import environment
+from gemma4_kernels.backends import Call
+
+# Tensor cores that multiply bf16, and loads that go past the registers (cp.async), begin there.
+OLDEST_ARCHITECTURE = 80
+
+
+@lru_cache
+def missing() -> str | None:
+    """What the machine lacks, or None."""
+    return None if find_spec("triton") else "triton is not installed"
+
+
+def refuses(call: Call) -> str | None:
+    """Why a device cannot run Triton kernels, or None."""
+    if call.device_type == "cpu":
+        if environment.triton_interprets():
+            return None
+        return "runs on cuda, not on cpu (on a CPU only in Triton's interpreter: start Python with TRITON_INTERPRET=1)"
+    if call.device_type != "cuda":
+        return f"runs on cuda, not on {call.device_type}"
+    if environment.triton_interprets():
+        return "TRITON_INTERPRET is set: kernels are interpreted, on CPU tensors only"
+    number = call.architecture.removeprefix("sm_")
+    if not number.isdigit():
+        return f"is written for NVIDIA cards, not for {call.architecture}"
+    if int(number) < OLDEST_ARCHITECTURE:
+        return f"needs sm_{OLDEST_ARCHITECTURE} or newer, this is {call.architecture}"
+    return None
+
+
+def only_by_name(call: Call) -> str | None:
+    """Why the choice is not left to take Triton by itself, or None."""
+    if call.device_type == "cpu":
+        return "could interpret it, slowly: only where asked for by name"
+    return None
