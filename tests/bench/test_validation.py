@@ -9,6 +9,7 @@ import torch
 from backend_helpers import standing_in
 from bench_helpers import APPENDING, SMALL, kernel, spoiled
 
+from gemma4_kernels import backends
 from gemma4_kernels.attention import eager
 from gemma4_kernels.bench import machine, validation
 from gemma4_kernels.bench.cases import attention_bench_cases
