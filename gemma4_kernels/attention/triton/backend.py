@@ -1,0 +1,91 @@
+"""The attention ops on Triton: what each op's arguments mean for the kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemma4_kernels.attention.triton import append, flash, k_eq_v
+from gemma4_kernels.attention.triton.call import AttentionCall, card_of
+from gemma4_kernels.attention.triton.launch import Launch
+
+
+def _run(launches: list[Launch]) -> None:
+    for launch in launches:
+        launch.run()
+
+
+def _first_present(block_ids: Tensor | None) -> Tensor | None:
+    """(B,) the first key that is no padding: tiles are counted from there, so a padded row keeps its bits."""
+    return None if block_ids is None else (block_ids != -2).to(torch.int8).argmax(dim=1)
+
+
+def _attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    out, lse = call.results()
+    _run(flash.plan(call, out, lse, card_of(out.device)))
+    return out, lse
+
+
+def flash_attn(
+    q: Tensor, k: Tensor, v: Tensor, block_ids: Tensor | None, softmax_scale: float, softcap: float,
+    window_left: int, window_right: int, window_limits_blocks: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _attend(AttentionCall(
+        q, k, v, batch=q.shape[0], num_rows=q.shape[1], capacity=k.shape[1], scale=softmax_scale, softcap=softcap,
+        left=window_left, right=window_right, first=_first_present(block_ids), ids=_dense(block_ids),
+        free_blocks=block_ids is not None and not window_limits_blocks,
+    ))  # fmt: skip
+
+
+def flash_attn_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, block_table: Tensor | None,
+    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, softcap: float, window_left: int, window_right: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    capacity = max_seqlen_k if block_table is None else min(max_seqlen_k, block_table.shape[1] * k.shape[1])
+    return _attend(AttentionCall(
+        q, k, v, batch=cu_seqlens_q.shape[0] - 1, num_rows=max_seqlen_q, capacity=capacity, scale=softmax_scale,
+        softcap=softcap, left=window_left, right=window_right, cu_q=_dense(cu_seqlens_q), cu_k=_dense(cu_seqlens_k),
+        table=_dense(block_table),
+    ))  # fmt: skip
+
+
+def flash_attn_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, cache_leftpad: Tensor | None,
+    cache_batch_idx: Tensor | None, block_table: Tensor | None, block_ids: Tensor | None, softmax_scale: float,
+    softcap: float, window_left: int, window_right: int, window_limits_blocks: bool, num_splits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    capacity = k_cache.shape[1] if block_table is None else k_cache.shape[1] * block_table.shape[1]
+    return _attend(AttentionCall(
+        q, k_cache, v_cache, batch=q.shape[0], num_rows=q.shape[1], capacity=capacity, scale=softmax_scale,
+        softcap=softcap, left=window_left, right=window_right, lengths=_dense(cache_seqlens),
+        first=_first_present(block_ids) if cache_leftpad is None else _dense(cache_leftpad),
+        entry=_dense(cache_batch_idx), table=_dense(block_table), ids=_dense(block_ids),
+        free_blocks=block_ids is not None and not window_limits_blocks,
+    ))  # fmt: skip
+
+
+def append_kv(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor, cache_batch_idx: Tensor | None,
+    block_table: Tensor | None,
+) -> None:  # fmt: skip
+    lengths, entry, table = _dense(cache_seqlens), _dense(cache_batch_idx), _dense(block_table)
+    append.plan(k_cache, v_cache, k, v, lengths, entry, table).run()
+
+
+def k_eq_v_attention(
+    q: Tensor, values: Tensor, k_norm_weight: Tensor, inv_freq: Tensor, cache_seqlens: Tensor,
+    block_table: Tensor | None, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    call = AttentionCall(
+        q, values, values, batch=q.shape[0], num_rows=q.shape[1],
+        capacity=values.shape[1] * (1 if block_table is None else block_table.shape[1]), scale=softmax_scale, left=-1,
+        right=0, lengths=_dense(cache_seqlens), table=_dense(block_table),
+    )  # fmt: skip
+    out, lse = call.results()
+    _run(k_eq_v.plan(call, k_norm_weight.contiguous(), inv_freq.contiguous(), out, lse, card_of(out.device)))
+    return out, lse
+
+
+def _dense(numbers: Tensor | None) -> Tensor | None:
+    """Kernels step over lengths, ids and page numbers one by one."""
+    return numbers if numbers is None or numbers.stride(-1) == 1 or numbers.shape[-1] <= 1 else numbers.contiguous()
