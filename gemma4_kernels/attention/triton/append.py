@@ -1,7 +1,7 @@
 """New rows of keys and values into a cache: contiguous entries, chosen by index or not, or pages.
 
-    k, v            (B, ROWS, HKV, D)
-    k_cache, v_cache  (entries, S, HKV, D) or pages (P, PAGE_SIZE, HKV, D), changed in place
+k, v            (B, ROWS, HKV, D)
+k_cache, v_cache  (entries, S, HKV, D) or pages (P, PAGE_SIZE, HKV, D), changed in place
 """
 
 from __future__ import annotations

@@ -81,7 +81,9 @@ class AttentionCall:
     def results(self) -> tuple[Tensor, Tensor]:
         """Room for out, like q, and lse (B, HQ, ROWS) or (HQ, total) fp32."""
         *batch, rows, heads, dim = self.q.shape
-        return self.q.new_empty((*batch, rows, heads, dim)), self.q.new_empty((*batch, heads, rows), dtype=torch.float32)
+        return self.q.new_empty((*batch, rows, heads, dim)), self.q.new_empty(
+            (*batch, heads, rows), dtype=torch.float32
+        )
 
     def request_arguments(self) -> dict[str, Any]:
         """What finds the rows and keys of a request (`pieces.request_of`), and the window."""

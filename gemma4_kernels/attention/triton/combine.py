@@ -1,7 +1,7 @@
 """The parts that the splits of one row leave, and their sum.
 
     partial      (B, HQ, ROWS, SLOTS, D) fp32: softmax(...) @ v over one chunk of the row's keys
-    partial_lse  (B, HQ, ROWS, SLOTS) fp32: log2 of the sum of exp2 of its scores
+    partial_lse  (B, HQ, ROWS, SLOTS) fp32: the log of the sum of exponentials of its scores
 
 A row's chunks lie in its slots from 0 on, whatever chunks other rows have. They are added in that order, SLOT_BLOCK at a
 time, so that the sum of a row depends on its own chunks alone. Slots that a row has no chunk for are never read.
@@ -19,12 +19,11 @@ from torch import Tensor
 
 from gemma4_kernels.attention.triton import tables
 from gemma4_kernels.attention.triton.call import AttentionCall, Card
-from gemma4_kernels.attention.triton.launch import Launch, dot_dtype
-from gemma4_kernels.attention.triton.pieces import LN_2, UNSPECIALISED, chunks_of, request_of, rounded
+from gemma4_kernels.attention.triton.launch import INTERPRETED, Launch, dot_dtype
+from gemma4_kernels.attention.triton.pieces import UNSPECIALISED, chunks_of, log_sum, request_of, rounded
 from gemma4_kernels.attention.triton.tables import Config
 
 SLOT_BLOCK = 8
-COLUMN_BLOCK = 128
 
 
 @triton.jit
@@ -40,15 +39,15 @@ def combine_kernel(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, lengths_ptr, first_ptr, entry_ptr,
     stride_ob, stride_os, stride_oh, stride_lb, stride_lh,
     num_rows, num_slots, capacity, total_rows, total_keys, num_entries, left, right,
-    HEAD_DIM: tl.constexpr, PAGED: tl.constexpr, BLOCKS: tl.constexpr, FREE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr, MIN_CHUNK: tl.constexpr, SLOT_BLOCK: tl.constexpr, COLUMN_BLOCK: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGED: tl.constexpr, BLOCKS: tl.constexpr, FREE: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, MIN_CHUNK: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, DOT_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * ROWS, HQ, column blocks). The chunks of a row are found again as `decode_kernel` found them."""
+    """Grid (B * ROWS, blocks of heads, blocks of columns). A row's chunks are found again as `decode_kernel` found them."""
     b = tl.program_id(0) // num_rows
     i = tl.program_id(0) % num_rows
-    head = tl.program_id(1)
-    column = tl.program_id(2) * COLUMN_BLOCK + tl.arange(0, COLUMN_BLOCK)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)  # (H,)
+    column = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     first_row, rows, _first_key, start, end, _entry = request_of(
         b, num_rows, capacity, total_rows, total_keys, num_entries, cu_q_ptr, cu_k_ptr, lengths_ptr, first_ptr,
         entry_ptr, PAGED,
@@ -59,33 +58,35 @@ def combine_kernel(
         end - rows + i, start, end, left, right, BLOCKS, FREE, SPLITS, BLOCK_N, MIN_CHUNK
     )
     count = tl.minimum(count, num_slots)
-    place = ((b.to(tl.int64) * tl.num_programs(1) + head) * num_rows + i) * num_slots
-    slot = tl.arange(0, SLOT_BLOCK)
-    highest = float("-inf")
-    for s in range(0, count, SLOT_BLOCK):
-        lse = tl.load(partial_lse_ptr + place + s + slot, mask=s + slot < count, other=float("-inf"))
-        highest = tl.maximum(highest, tl.max(lse, 0))
+    is_head = head < HEADS
+    place = (((b.to(tl.int64) * HEADS + head) * num_rows + i) * num_slots)[:, None] + tl.arange(0, BLOCK_S)[None, :]  # (H, S)
+    slot = tl.zeros([BLOCK_H, BLOCK_S], tl.int32) + tl.arange(0, BLOCK_S)[None, :]
+    highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    for s in range(0, count, BLOCK_S):
+        present = (s + slot < count) & is_head[:, None]
+        lse = tl.load(partial_lse_ptr + place + s, mask=present, other=float("-inf"))
+        highest = tl.maximum(highest, tl.max(lse, 1))
     safe = tl.where(highest == float("-inf"), 0.0, highest)
-    total = 0.0
-    result = tl.zeros([COLUMN_BLOCK], tl.float32)
-    for s in range(0, count, SLOT_BLOCK):
-        present = s + slot < count
-        weight = tl.exp2(tl.load(partial_lse_ptr + place + s + slot, mask=present, other=float("-inf")) - safe)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    result = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for s in range(0, count, BLOCK_S):
+        present = (s + slot < count) & is_head[:, None]
+        weight = tl.exp(tl.load(partial_lse_ptr + place + s, mask=present, other=float("-inf")) - safe[:, None])  # (H, S)
         part = tl.load(
-            partial_ptr + (place + s + slot)[:, None] * HEAD_DIM + column[None, :],
-            mask=present[:, None] & (column < HEAD_DIM)[None, :], other=0.0,
-        )  # fmt: skip
-        total += tl.sum(weight, 0)
-        result += tl.sum(weight[:, None] * part, 0)
-    result = result / tl.where(total == 0, 1.0, total)
+            partial_ptr + (place + s)[:, :, None] * HEAD_DIM + column[None, None, :],
+            mask=present[:, :, None] & (column < HEAD_DIM)[None, None, :], other=0.0,
+        )  # (H, S, BLOCK_D)  # fmt: skip
+        total += tl.sum(weight, 1)
+        result += tl.sum(weight[:, :, None] * part, 1)
+    result = result / tl.where(total == 0, 1.0, total)[:, None]
     row = (first_row + i).to(tl.int64)
     tl.store(
-        out_ptr + b.to(tl.int64) * stride_ob + row * stride_os + head * stride_oh + column,
-        rounded(result, out_ptr.dtype.element_ty, DOT_DTYPE).to(out_ptr.dtype.element_ty), mask=column < HEAD_DIM,
+        out_ptr + b.to(tl.int64) * stride_ob + row * stride_os + head[:, None] * stride_oh + column[None, :],
+        rounded(result, out_ptr.dtype.element_ty, DOT_DTYPE).to(out_ptr.dtype.element_ty),
+        mask=is_head[:, None] & (column < HEAD_DIM)[None, :],
     )  # fmt: skip
-    if tl.program_id(2) == 0:
-        lse = (safe + tl.log2(total)) * LN_2
-        tl.store(lse_ptr + b.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + row, lse)
+    lse_place = lse_ptr + b.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + row
+    tl.store(lse_place, log_sum(safe, total), mask=is_head & (tl.program_id(2) == 0))
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,13 @@ class Splits:
 
     def plan_combine(self, call: AttentionCall, config: Config, out: Tensor, lse: Tensor) -> Launch:
         heads = call.kv_heads * call.group
-        grid = (call.batch * call.num_rows, heads, triton.cdiv(call.head_dim, COLUMN_BLOCK))
+        # Small blocks start many programs at once. The interpreter starts them one by one.
+        block_h, block_d = (16, 512) if INTERPRETED else (1, 128)
+        grid = (call.batch * call.num_rows, triton.cdiv(heads, block_h), triton.cdiv(call.head_dim, block_d))
         arguments = call.request_arguments() | call.result_arguments(out, lse) | self.arguments()
         constants = {
-            "HEAD_DIM": call.head_dim, "PAGED": call.table is not None, "BLOCKS": call.ids is not None,
-            "FREE": call.free_blocks, "BLOCK_N": config.keys, "SLOT_BLOCK": SLOT_BLOCK, "COLUMN_BLOCK": COLUMN_BLOCK,
-            "DOT_DTYPE": dot_dtype(call.q.dtype),
+            "HEADS": heads, "HEAD_DIM": call.head_dim, "PAGED": call.table is not None, "BLOCKS": call.ids is not None,
+            "FREE": call.free_blocks, "BLOCK_N": config.keys, "BLOCK_H": block_h, "BLOCK_S": SLOT_BLOCK,
+            "BLOCK_D": block_d, "DOT_DTYPE": dot_dtype(call.q.dtype),
         }  # fmt: skip
         return Launch(combine_kernel, grid, arguments, constants | self.constants(), num_warps=4)

@@ -3,7 +3,7 @@
     q        (B, ROWS, HQ, D) or packed (total, HQ, D)
     k, v     (entries, S, HKV, D), packed (total, HKV, D), or pages (P, PAGE_SIZE, HKV, D)
     out      like q;  lse (B, HQ, ROWS) fp32, the natural log of the sum of exponentials
-    partial  (B, HQ, ROWS, SLOTS, D) fp32, and its log2-sum-exp (B, HQ, ROWS, SLOTS): what the splits leave
+    partial  (B, HQ, ROWS, SLOTS, D) fp32, and its log-sum-exp (B, HQ, ROWS, SLOTS): what the splits leave
 
 One program owns a tile of packed query rows (or TILES of them) of one KV head, walks over the tiles of keys that any of its
 rows sees, and keeps an online softmax (Milakov and Gimelshein 2018) in fp32. Tiles that nobody sees are not visited; a mask
@@ -17,7 +17,6 @@ second. `combine.py` adds the chunks in their order.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import triton
@@ -31,7 +30,6 @@ from gemma4_kernels.attention.triton.combine import Splits, part_of
 from gemma4_kernels.attention.triton.launch import Launch, dot_dtype
 from gemma4_kernels.attention.triton.pieces import (
     ABSENT,
-    LN_2,
     UNSPECIALISED,
     capped,
     choose_chunk,
@@ -39,6 +37,7 @@ from gemma4_kernels.attention.triton.pieces import (
     crosses_edge,
     first_of_blocks,
     last_of_blocks,
+    log_sum,
     online_softmax_step,
     own_block,
     page_and_row,
@@ -73,11 +72,11 @@ def _attend(
     for tile in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
         keys = tile + tl.arange(0, BLOCK_N)  # (N,)
         inside = keys < end
+        page, row = page_and_row(keys, inside, table_ptr, num_pages, PAGE_SIZE)
         ids = keys
         if BLOCKS:
             ids = tl.load(ids_ptr + keys, mask=inside, other=ABSENT)
             inside = ids != ABSENT
-        page, row = page_and_row(keys, inside, table_ptr, num_pages, PAGE_SIZE)
         k_row = k_ptr + page * stride_ke + row.to(tl.int64) * stride_ks
         v_row = v_ptr + page * stride_ve + row.to(tl.int64) * stride_vs
         k, v = (), ()
@@ -194,7 +193,7 @@ def prefill_kernel(
         result = rounded(accumulated[c] * inverse[:, None], out_ptr.dtype.element_ty, DOT_DTYPE)
         mask = is_row[:, None] & (here < HEAD_DIM)[None, :]
         tl.store(out_row[:, None] + here[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
-    lse = (running_max[0] + tl.log2(total)) * LN_2
+    lse = log_sum(running_max[0], total)
     tl.store(lse_ptr + b.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + row, lse, mask=is_row)
 
 
@@ -280,7 +279,7 @@ def decode_kernel(
             part = accumulated[t * CHUNKS + c] * inverse[:, None]
             where = partial_ptr + place[:, None] * HEAD_DIM + here[None, :]
             tl.store(where, part, mask=mine[:, None] & (here < HEAD_DIM)[None, :])
-        tl.store(partial_lse_ptr + place, running_max[t] + tl.log2(running_sum[t]), mask=mine)
+        tl.store(partial_lse_ptr + place, log_sum(running_max[t], running_sum[t]), mask=mine)
 
 
 # Launchers ----------------------------------------------------------------------------------------------------------
@@ -313,7 +312,7 @@ def _arguments(call: AttentionCall) -> dict[str, Any]:
     return {
         **call.query_arguments(), **call.cache_arguments("k", call.k), **call.cache_arguments("v", call.v),
         **call.request_arguments(), **call.table_arguments(), "ids_ptr": call.ids,
-        "stride_ib": 0 if call.ids is None else call.ids.stride(0), "scale": call.scale * math.log2(math.e),
+        "stride_ib": 0 if call.ids is None else call.ids.stride(0), "scale": call.scale,
         "softcap": call.softcap,
     }  # fmt: skip
 
@@ -322,5 +321,6 @@ def _constants(call: AttentionCall, config: Config) -> dict[str, Any]:
     return {
         "HEAD_DIM": call.head_dim, "GROUP": call.group, "PAGE_SIZE": call.page_size, "SOFTCAP": call.softcap != 0,
         "FREE": call.free_blocks, "BLOCK_M": config.rows, "BLOCK_N": config.keys,
-        "BLOCK_D": tables.columns(config, call.head_dim), "STAGES": config.stages, "DOT_DTYPE": dot_dtype(call.q.dtype),
+        "BLOCK_D": tables.columns(config, call.head_dim),
+        "STAGES": tables.stages(config, call.table is not None or call.ids is not None), "DOT_DTYPE": dot_dtype(call.q.dtype),
     }  # fmt: skip

@@ -28,14 +28,14 @@ from torch import Tensor
 from gemma4_kernels.attention.ops import DECODE_ROWS
 from gemma4_kernels.attention.triton import tables
 from gemma4_kernels.attention.triton.call import AttentionCall, Card
-from gemma4_kernels.attention.triton.combine import Splits, part_of
+from gemma4_kernels.attention.triton.combine import Splits
 from gemma4_kernels.attention.triton.launch import Launch, dot_dtype
 from gemma4_kernels.attention.triton.pieces import (
     FAR,
-    LN_2,
     UNSPECIALISED,
     choose_chunk,
-    chunks_of,
+    chunk_size,
+    log_sum,
     online_softmax_step,
     page_and_row,
     rounded,
@@ -260,38 +260,24 @@ def _attend_turning_all(
 
 
 @triton.jit
-def _prefill_tile(
-    q_ptr, out_ptr, lse_ptr, packed, is_row, token, first_token, stop, end,
-    stride_qs, stride_qh, stride_os, stride_oh, stride_lh,
-    values_ptr, weight_ptr, turns_ptr, offsets_ptr, turning, table_ptr, num_pages, stride_ve, stride_vs, scale,
-    HALF: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, TURN_ALL: tl.constexpr,
+def _attend_either(
+    q_row, is_row, token, first_token, begin, stop, end, column,
+    values_ptr, weight_ptr, turns_ptr, offsets_ptr, table_ptr, num_pages, stride_ve, stride_vs, scale,
+    HALF: tl.constexpr, PAGE_SIZE: tl.constexpr, TURN_ALL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, DOT_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    q_row = q_ptr + (packed // GROUP).to(tl.int64) * stride_qs + packed % GROUP * stride_qh
-    column = _column_blocks(turning, HALF, BLOCK_D)
     if TURN_ALL:
-        running_max, total, accumulated = _attend_turning_all(
-            q_row, is_row, token, first_token, 0, stop, end, column,
+        return _attend_turning_all(
+            q_row, is_row, token, first_token, begin, stop, end, column,
             values_ptr, weight_ptr, turns_ptr, offsets_ptr, table_ptr, num_pages, stride_ve, stride_vs, scale,
             HALF, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, DOT_DTYPE,
         )  # fmt: skip
     else:
-        running_max, total, accumulated = _attend(
-            q_row, is_row, token, first_token, 0, stop, end, column,
+        return _attend(
+            q_row, is_row, token, first_token, begin, stop, end, column,
             values_ptr, weight_ptr, turns_ptr, offsets_ptr, table_ptr, num_pages, stride_ve, stride_vs, scale,
             HALF, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, DOT_DTYPE,
         )  # fmt: skip
-    inverse = 1 / tl.where(total == 0, 1.0, total)
-    row = (packed // GROUP).to(tl.int64)
-    out_row = out_ptr + row * stride_os + packed % GROUP * stride_oh
-    for i in tl.static_range(2 * ((HALF + BLOCK_D - 1) // BLOCK_D)):
-        result = rounded(accumulated[i] * inverse[:, None], out_row.dtype.element_ty, DOT_DTYPE)
-        here = column[i // 2]
-        mask = is_row[:, None] & (here < HALF)[None, :]
-        where = out_row[:, None] + (here + (i % 2) * HALF)[None, :]
-        tl.store(where, result.to(out_row.dtype.element_ty), mask=mask)
-    lse = (running_max + tl.log2(total)) * LN_2
-    tl.store(lse_ptr + (packed % GROUP).to(tl.int64) * stride_lh + row, lse, mask=is_row)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -299,10 +285,12 @@ def k_eq_v_prefill_kernel(
     q_ptr, values_ptr, weight_ptr, turns_ptr, offsets_ptr, which_ptr, out_ptr, lse_ptr, lengths_ptr, table_ptr,
     stride_qb, stride_qs, stride_qh, stride_ve, stride_vs, stride_vh, stride_ob, stride_os, stride_oh,
     stride_lb, stride_lh, stride_tb, num_rows, capacity, num_pages, scale,
-    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, TURN_ALL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, DOT_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of packed rows, KV heads, B)."""
+    if (tl.load(which_ptr) > 1) != TURN_ALL:
+        return
     HALF: tl.constexpr = HEAD_DIM // 2
     # The last rows see most keys: they start first, so that a short tile ends the launch.
     first_packed = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
@@ -314,66 +302,30 @@ def k_eq_v_prefill_kernel(
     token = end - num_rows + packed // GROUP  # (M,)
     first_token = end - num_rows + first_packed // GROUP
     stop = tl.minimum(end - num_rows + (first_packed + BLOCK_M - 1) // GROUP + 1, end)
-    head = kv_head * GROUP
-    q_head = q_ptr + b * stride_qb + head * stride_qh
-    out_head = out_ptr + b * stride_ob + head * stride_oh
-    lse_head = lse_ptr + b * stride_lb + head.to(tl.int64) * stride_lh
+    head = kv_head * GROUP + packed % GROUP
+    row = (packed // GROUP).to(tl.int64)
+    q_row = q_ptr + b * stride_qb + row * stride_qs + head * stride_qh
     values = values_ptr + kv_head * stride_vh
     table = table_ptr
     if PAGE_SIZE > 0:
         table = table_ptr + b * stride_tb
     else:
         values += b * stride_ve
-    turning = tl.load(which_ptr + 1)
-    if HALF > BLOCK_D and tl.load(which_ptr) > 1:
-        _prefill_tile(
-            q_head, out_head, lse_head, packed, is_row, token, first_token, stop, end,
-            stride_qs, stride_qh, stride_os, stride_oh, stride_lh,
-            values, weight_ptr, turns_ptr, offsets_ptr, turning, table, num_pages, stride_ve, stride_vs, scale,
-            HALF, GROUP, PAGE_SIZE, True, BLOCK_M, BLOCK_N, BLOCK_D, 1, DOT_DTYPE,
-        )  # fmt: skip
-    else:
-        _prefill_tile(
-            q_head, out_head, lse_head, packed, is_row, token, first_token, stop, end,
-            stride_qs, stride_qh, stride_os, stride_oh, stride_lh,
-            values, weight_ptr, turns_ptr, offsets_ptr, turning, table, num_pages, stride_ve, stride_vs, scale,
-            HALF, GROUP, PAGE_SIZE, False, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, DOT_DTYPE,
-        )  # fmt: skip
-
-
-@triton.jit
-def _decode_tile(
-    q_ptr, partial_ptr, partial_lse_ptr, packed, is_row, token, first_token, begin, stop, end, size, index,
-    num_rows, num_slots, b, kv_head, stride_qs, stride_qh,
-    values_ptr, weight_ptr, turns_ptr, offsets_ptr, turning, table_ptr, num_pages, stride_ve, stride_vs, scale,
-    HALF: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, TURN_ALL: tl.constexpr,
-    SPLITS: tl.constexpr, MIN_CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, DOT_DTYPE: tl.constexpr,
-):  # fmt: skip
-    q_row = q_ptr + (packed // GROUP).to(tl.int64) * stride_qs + packed % GROUP * stride_qh
-    column = _column_blocks(turning, HALF, BLOCK_D)
-    if TURN_ALL:
-        running_max, total, accumulated = _attend_turning_all(
-            q_row, is_row, token, first_token, begin, stop, end, column,
-            values_ptr, weight_ptr, turns_ptr, offsets_ptr, table_ptr, num_pages, stride_ve, stride_vs, scale,
-            HALF, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, DOT_DTYPE,
-        )  # fmt: skip
-    else:
-        running_max, total, accumulated = _attend(
-            q_row, is_row, token, first_token, begin, stop, end, column,
-            values_ptr, weight_ptr, turns_ptr, offsets_ptr, table_ptr, num_pages, stride_ve, stride_vs, scale,
-            HALF, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, DOT_DTYPE,
-        )  # fmt: skip
-    chunk, first, count = chunks_of(token, 0, end, FAR // 2, 0, False, False, SPLITS, BLOCK_N, MIN_CHUNK)
-    slot = index - first
-    mine = is_row & (chunk == size) & (slot >= 0) & (slot < tl.minimum(count, num_slots))
-    place = part_of(b, kv_head, packed, slot, num_rows, num_slots, GROUP)
+    column = _column_blocks(tl.load(which_ptr + 1), HALF, BLOCK_D)
+    running_max, total, accumulated = _attend_either(
+        q_row, is_row, token, first_token, 0, stop, end, column,
+        values, weight_ptr, turns_ptr, offsets_ptr, table, num_pages, stride_ve, stride_vs, scale,
+        HALF, PAGE_SIZE, TURN_ALL, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, DOT_DTYPE,
+    )  # fmt: skip
     inverse = 1 / tl.where(total == 0, 1.0, total)
+    out_row = out_ptr + b * stride_ob + row * stride_os + head * stride_oh
     for i in tl.static_range(2 * ((HALF + BLOCK_D - 1) // BLOCK_D)):
+        result = rounded(accumulated[i] * inverse[:, None], out_ptr.dtype.element_ty, DOT_DTYPE)
         here = column[i // 2]
-        where = partial_ptr + place[:, None] * (2 * HALF) + (here + (i % 2) * HALF)[None, :]
-        tl.store(where, accumulated[i] * inverse[:, None], mask=mine[:, None] & (here < HALF)[None, :])
-    tl.store(partial_lse_ptr + place, running_max + tl.log2(total), mask=mine)
+        where = out_row[:, None] + (here + (i % 2) * HALF)[None, :]
+        tl.store(where, result.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & (here < HALF)[None, :])
+    lse = log_sum(running_max, total)
+    tl.store(lse_ptr + b * stride_lb + head.to(tl.int64) * stride_lh + row, lse, mask=is_row)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -381,10 +333,13 @@ def k_eq_v_decode_kernel(
     q_ptr, values_ptr, weight_ptr, turns_ptr, offsets_ptr, which_ptr, partial_ptr, partial_lse_ptr, lengths_ptr,
     table_ptr, stride_qb, stride_qs, stride_qh, stride_ve, stride_vs, stride_vh, stride_tb,
     num_rows, num_slots, capacity, num_pages, scale,
-    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr, MIN_CHUNK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, PAGE_SIZE: tl.constexpr, TURN_ALL: tl.constexpr,
+    SPLITS: tl.constexpr, MIN_CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, DOT_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles * SLOTS, KV heads, 2 B), as `flash.decode_kernel` with one tile of rows a program."""
+    if (tl.load(which_ptr) > 1) != TURN_ALL:
+        return
     HALF: tl.constexpr = HEAD_DIM // 2
     tiles = tl.cdiv(num_rows * GROUP, BLOCK_M)
     first_packed = tl.program_id(0) % tiles * BLOCK_M
@@ -404,63 +359,80 @@ def k_eq_v_decode_kernel(
         return
     begin = index * size
     stop = tl.minimum(begin + size, last_token + 1)
-    q_head = q_ptr + b * stride_qb + kv_head * GROUP * stride_qh
+    # This chunk of the KV head's first packed row.
+    part_index = (b * tl.num_programs(1) + kv_head) * (GROUP * num_rows) * num_slots + index
+    part, part_lse = partial_ptr + part_index * HEAD_DIM, partial_lse_ptr + part_index
+    head = kv_head * GROUP + packed % GROUP
+    q_row = q_ptr + b * stride_qb + (packed // GROUP).to(tl.int64) * stride_qs + head * stride_qh
     values = values_ptr + kv_head * stride_vh
     table = table_ptr
     if PAGE_SIZE > 0:
         table = table_ptr + b * stride_tb
     else:
         values += b * stride_ve
-    turning = tl.load(which_ptr + 1)
-    if HALF > BLOCK_D and tl.load(which_ptr) > 1:
-        _decode_tile(
-            q_head, partial_ptr, partial_lse_ptr, packed, is_row, token, first_token, begin, stop, end, size, index,
-            num_rows, num_slots, b, kv_head, stride_qs, stride_qh,
-            values, weight_ptr, turns_ptr, offsets_ptr, turning, table, num_pages, stride_ve, stride_vs, scale,
-            HALF, GROUP, PAGE_SIZE, True, SPLITS, MIN_CHUNK, BLOCK_M, BLOCK_N, BLOCK_D, 1, DOT_DTYPE,
-        )  # fmt: skip
-    else:
-        _decode_tile(
-            q_head, partial_ptr, partial_lse_ptr, packed, is_row, token, first_token, begin, stop, end, size, index,
-            num_rows, num_slots, b, kv_head, stride_qs, stride_qh,
-            values, weight_ptr, turns_ptr, offsets_ptr, turning, table, num_pages, stride_ve, stride_vs, scale,
-            HALF, GROUP, PAGE_SIZE, False, SPLITS, MIN_CHUNK, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, DOT_DTYPE,
-        )  # fmt: skip
+    column = _column_blocks(tl.load(which_ptr + 1), HALF, BLOCK_D)
+    running_max, total, accumulated = _attend_either(
+        q_row, is_row, token, first_token, begin, stop, end, column,
+        values, weight_ptr, turns_ptr, offsets_ptr, table, num_pages, stride_ve, stride_vs, scale,
+        HALF, PAGE_SIZE, TURN_ALL, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, DOT_DTYPE,
+    )  # fmt: skip
+    # Every row sees the keys from 0 on, so a chunk has one index for all rows of its size.
+    mine = is_row & (chunk_size(token + 1, SPLITS, BLOCK_N, MIN_CHUNK) == size) & (token >= begin)
+    place = (packed % GROUP * num_rows + packed // GROUP) * num_slots  # (M,)
+    inverse = 1 / tl.where(total == 0, 1.0, total)
+    for i in tl.static_range(2 * ((HALF + BLOCK_D - 1) // BLOCK_D)):
+        here = column[i // 2]
+        where = part + place[:, None] * HEAD_DIM + (here + (i % 2) * HALF)[None, :]
+        tl.store(where, accumulated[i] * inverse[:, None], mask=mine[:, None] & (here < HALF)[None, :])
+    tl.store(part_lse + place, log_sum(running_max, total), mask=mine)
 
 
 # Launchers ----------------------------------------------------------------------------------------------------------
 
 
-def plan(
-    call: AttentionCall, weight: Tensor, inv_freq: Tensor, out: Tensor, lse: Tensor, card: Card
-) -> list[Launch]:
-    """The launches that fill out and lse, in order. `call` has the values as k and as v, right 0 and no other limit."""
+def plan(call: AttentionCall, weight: Tensor, inv_freq: Tensor, out: Tensor, lse: Tensor, card: Card) -> list[Launch]:
+    """The launches that fill out and lse, in order. `call` has the values as k and as v, right 0 and no other limit.
+
+    Where pairs of several blocks may rotate, a kernel for one block and a kernel for all are launched, and the device
+    knows which of the two has nothing to do.
+    """
+    half = call.head_dim // 2
     decodes = call.num_rows <= DECODE_ROWS
     kernel = "k_eq_v decode" if decodes else "k_eq_v prefill"
-    config = tables.lookup(kernel, card.architecture, call.head_dim, call.q.dtype)
-    half = call.head_dim // 2
-    columns = tables.columns(config, half)
-    tiles = triton.cdiv(call.num_rows * call.group, config.rows)
-    prepare, rotation = _plan_turns(inv_freq, columns, config.keys)
+    configs = {False: tables.lookup(kernel, card.architecture, call.head_dim, call.q.dtype)}
+    columns = tables.columns(configs[False], half)
+    if columns < half:
+        configs[True] = tables.lookup(f"{kernel}, any pairs", card.architecture, call.head_dim, call.q.dtype)
+    prepare, rotation = _plan_turns(inv_freq, columns, configs[False].keys)
     arguments = {
         **call.query_arguments(), **call.cache_arguments("v", call.v), **call.table_arguments(), **rotation,
         "weight_ptr": weight, "lengths_ptr": call.lengths, "num_rows": call.num_rows, "capacity": call.capacity,
-        "scale": call.scale * math.log2(math.e),
+        "scale": call.scale,
     }  # fmt: skip
     arguments["values_ptr"] = arguments.pop("v_ptr")
-    constants = {
-        "HEAD_DIM": call.head_dim, "GROUP": call.group, "PAGE_SIZE": call.page_size, "BLOCK_M": config.rows,
-        "BLOCK_N": config.keys, "BLOCK_D": columns, "STAGES": config.stages, "DOT_DTYPE": dot_dtype(call.q.dtype),
-    }  # fmt: skip
-    if not decodes:
+    if decodes:
+        splits = Splits.of(call, configs[False], card)
+        arguments |= splits.arguments()
+    else:
         arguments |= call.result_arguments(out, lse)
-        grid = (tiles, call.kv_heads, call.batch)
-        return [prepare, Launch(k_eq_v_prefill_kernel, grid, arguments, constants, config.warps)]
-    splits = Splits.of(call, config, card)
-    grid = (tiles * splits.num_slots, call.kv_heads, 2 * call.batch)
-    arguments |= splits.arguments()
-    attend = Launch(k_eq_v_decode_kernel, grid, arguments, constants | splits.constants(), config.warps)
-    return [prepare, attend, splits.plan_combine(call, config, out, lse)]
+    launches = [prepare]
+    for turn_all, config in configs.items():
+        tiles = triton.cdiv(call.num_rows * call.group, config.rows)
+        constants = {
+            "HEAD_DIM": call.head_dim, "GROUP": call.group, "PAGE_SIZE": call.page_size, "TURN_ALL": turn_all,
+            "BLOCK_M": config.rows, "BLOCK_N": config.keys, "BLOCK_D": columns,
+            "STAGES": tables.stages(config, call.table is not None), "DOT_DTYPE": dot_dtype(call.q.dtype),
+        }  # fmt: skip
+        if decodes:
+            grid = (tiles * splits.num_slots, call.kv_heads, 2 * call.batch)
+            constants |= splits.constants()
+        else:
+            grid = (tiles, call.kv_heads, call.batch)
+        attend = k_eq_v_decode_kernel if decodes else k_eq_v_prefill_kernel
+        launches.append(Launch(attend, grid, arguments, constants, config.warps))
+    if decodes:
+        launches.append(splits.plan_combine(call, configs[False], out, lse))
+    return launches
 
 
 def _plan_turns(inv_freq: Tensor, columns: int, keys: int) -> tuple[Launch, dict[str, Any]]:

@@ -5,8 +5,6 @@ head m % GROUP. So a tile is full while decoding, and keys are read once for a w
 
 Positions are rows of the cache. Row i of a request is token `end - rows + i`; it sees key j if start <= j < end,
 j >= token - left, and j <= token + right or both are in one image block. No limit is a distance of NO_LIMIT.
-
-Scores are kept in powers of two: exp(x) is exp2(x * log2(e)), and the factor goes into the scale.
 """
 
 from __future__ import annotations
@@ -26,8 +24,6 @@ UNSPECIALISED = (
 FAR = tl.constexpr(1 << 30)  # larger than any chunk, its index, or a position
 ABSENT = tl.constexpr(-2)  # the id of a key that nobody sees
 NO_BLOCK = tl.constexpr(-1)
-LN_2 = tl.constexpr(0.6931471805599453)
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 # Which rows and keys ------------------------------------------------------------------------------------------------
@@ -167,25 +163,34 @@ def rounded(x, DTYPE: tl.constexpr, HELD: tl.constexpr):
 
 @triton.jit
 def capped(scores, softcap):
-    """softcap * tanh(scores / softcap) of scores in powers of two, and so the result."""
-    x = scores / (softcap * LOG2_E)
+    """softcap * tanh(scores / softcap)."""
+    x = scores / softcap
     # Near zero the closed form would lose the digits that it subtracts: there, five terms of the series.
     x2 = x * x
     near = x * (1 + x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835)))))
-    shrunk = tl.exp2(-2 * LOG2_E * tl.abs(x))
+    shrunk = tl.exp(-2 * tl.abs(x))
     far = tl.where(x < 0, -1.0, 1.0) * (1 - shrunk) / (1 + shrunk)
-    return tl.where(tl.abs(x) < 0.3, near, far) * (softcap * LOG2_E)
+    return tl.where(tl.abs(x) < 0.3, near, far) * softcap
 
 
 @triton.jit
 def online_softmax_step(scores, running_max, running_sum):
-    """Fold one tile of scores into the running maximum and sum; also the factor that rescales the accumulator."""
+    """Fold one tile of scores into the running maximum and sum; also the factor that rescales the accumulator.
+
+    The maximum is subtracted before the exponential's log2(e) comes in: scores near it keep all of their digits.
+    """
     tile_max = tl.maximum(running_max, tl.max(scores, axis=1))  # (M,)
     # A row that has seen no key yet keeps -inf; subtracting it from itself would be NaN.
     safe_max = tl.where(tile_max == float("-inf"), 0.0, tile_max)
-    weights = tl.exp2(scores - safe_max[:, None])  # (M, N)
-    rescale = tl.exp2(running_max - safe_max)  # (M,)
+    weights = tl.exp(scores - safe_max[:, None])  # (M, N)
+    rescale = tl.exp(running_max - safe_max)  # (M,)
     return weights, tile_max, running_sum * rescale + tl.sum(weights, axis=1), rescale
+
+
+@triton.jit
+def log_sum(running_max, running_sum):
+    """max + log(sum) (M,); -inf for a row that saw nothing."""
+    return tl.where(running_sum == 0, float("-inf"), running_max + tl.log(tl.where(running_sum == 0, 1.0, running_sum)))
 
 
 # Splits -------------------------------------------------------------------------------------------------------------

@@ -56,12 +56,16 @@ def slots(split_count: int, min_chunk: int, capacity: int) -> int:
     return max(1, min(split_count + 3, -(-capacity // min_chunk)))
 
 
+def kind_of(architecture: str) -> str:
+    """The class of an architecture: of what a block may use, and "interpreter"."""
+    if architecture == "interpreter":
+        return architecture
+    return "datacenter" if architecture in _DATACENTER else "consumer"
+
+
 def lookup(kernel: str, architecture: str, head_dim: int, dtype: torch.dtype) -> Config:
     """The first row of the kernel's table that holds head_dim, for the class of the architecture and the dtype."""
-    kind = "datacenter" if architecture in _DATACENTER else "consumer"
-    if architecture == "interpreter":
-        kind = architecture
-    for widest, config in TABLE[kernel, kind, dtype.itemsize]:
+    for widest, config in TABLE[kernel, kind_of(architecture), dtype.itemsize]:
         if head_dim <= widest:
             return config
     raise ValueError(f"tables.lookup: {kernel} has no row for head_dim {head_dim}")
@@ -72,28 +76,69 @@ def columns(config: Config, head_dim: int) -> int:
     return min(config.columns, max(16, 1 << (head_dim - 1).bit_length()))
 
 
-# (kernel, class, bytes of an element) -> rows (largest head_dim, configuration).
-_16_BIT_PREFILL = [
-    (128, Config(128, 64, 128, 8, 2, "placeholder")),
-    (256, Config(64, 32, 64, 4, 2, "placeholder")),
-    (512, Config(32, 32, 64, 8, 2, "placeholder")),
-]
-_16_BIT_DECODE = [
-    (128, Config(16, 64, 128, 4, 3, "placeholder", tiles=4)),
-    (256, Config(16, 32, 64, 4, 3, "placeholder", tiles=2)),
-    (512, Config(16, 32, 64, 4, 2, "placeholder")),
-]
-_32_BIT = [(512, Config(16, 16, 64, 4, 1, "placeholder"))]
-_KEQV_PREFILL = [(512, Config(32, 32, 64, 8, 2, "placeholder"))]
-_KEQV_DECODE = [(512, Config(16, 32, 64, 4, 3, "placeholder"))]
-TABLE: dict[tuple[str, str, int], list[tuple[int, Config]]] = {}
-for _kind in SHARED_BYTES:
-    TABLE["prefill", _kind, 2] = _16_BIT_PREFILL
-    TABLE["decode", _kind, 2] = _16_BIT_DECODE
-    TABLE["k_eq_v prefill", _kind, 2] = _KEQV_PREFILL
-    TABLE["k_eq_v decode", _kind, 2] = _KEQV_DECODE
-    for _kernel in ("prefill", "decode", "k_eq_v prefill", "k_eq_v decode"):
-        TABLE[_kernel, _kind, 4] = _32_BIT
-for _kernel in ("prefill", "decode", "k_eq_v prefill", "k_eq_v decode"):
+def stages(config: Config, indirect: bool) -> int:
+    """What `tl.range` is told. Where rows are found through a page table or hidden by ids, those are loaded a pass ahead of
+    the rows, and Triton counts the passes of both: as many more keep as many tiles of rows under way."""
+    return config.stages + (config.stages - 1 if indirect else 0)
+
+
+# Rows: the largest head_dim, and the configuration for it. Registers and spills named here are those of sm_86.
+_PREFILL = (
+    (64, Config(128, 64, 64, 4, 3, "four warps of 32 rows; 64 keys in two buffers; registers are full (255), none spilled")),
+    (128, Config(128, 32, 64, 8, 3, "64 keys would fill the registers; 32 leave two buffers and two blocks a multiprocessor")),
+    (256, Config(64, 32, 128, 8, 2, "64 rows of 256 columns in fp32 are half of the registers; 128 rows spill")),
+    (512, Config(32, 32, 64, 8, 2, "keys, values and queries of 512 columns: 100,480 bytes of 101,376 with one buffer each")),
+)  # fmt: skip
+_DECODE = (
+    (128, Config(16, 64, 64, 4, 3, "short rows: 64 keys to a tile keep the loads long", tiles=2)),
+    (256, Config(16, 32, 64, 4, 3, "two buffers of keys and values; both tiles of 16 rows of a group of 2", tiles=2)),
+    (512, Config(16, 16, 64, 4, 3, "16 keys: with 32 there would be room for one buffer only")),
+)
+_K_EQ_V_PREFILL = (
+    (512, Config(32, 32, 64, 8, 2, "one tile of values serves both products, so it needs no second buffer to fill the "
+                 "tensor cores; 64 rows spill")),
+)  # fmt: skip
+_K_EQ_V_DECODE = (
+    (512, Config(16, 32, 64, 4, 3, "two buffers of 32 keys; 8 warps would compute the scores of 32 keys twice. At 512 "
+                 "columns 14 words of what the loop does not use are parked outside it (64 bytes of stack; no local "
+                 "memory inside the loop); the test of budgets looks there")),
+)  # fmt: skip
+_K_EQ_V_ANY = ((512, Config(16, 32, 64, 4, 1, "any pairs rotate: never in a Gemma, so small and free of spills")),)
+# Products of fp32 run on the ordinary cores, without rounding to tf32: for tests, and for whoever asks for fp32.
+_FP32 = ((512, Config(16, 16, 64, 8, 1, "98,304 bytes at 512 columns, one buffer")),)
+
+KERNELS = {
+    "prefill": _PREFILL,
+    "decode": _DECODE,
+    "k_eq_v prefill": _K_EQ_V_PREFILL,
+    "k_eq_v decode": _K_EQ_V_DECODE,
+    "k_eq_v prefill, any pairs": _K_EQ_V_ANY,
+    "k_eq_v decode, any pairs": _K_EQ_V_ANY,
+}
+# What differs on cards with more shared memory.
+_DATACENTER_ROWS = {
+    "prefill": (
+        *_PREFILL[:3],
+        (512, Config(32, 32, 64, 8, 3, "as on small cards, with room for two buffers")),
+    ),
+    "decode": (
+        *_DECODE[:2],
+        (512, Config(16, 32, 64, 4, 3, "146 KiB: two buffers of 32 keys")),
+    ),
+    "k_eq_v prefill": ((512, Config(32, 32, 64, 8, 3, "as on small cards, with room for two buffers")),),
+}
+# The interpreter pays for operations, not for numbers: wide products, tiles of 32 keys at least, and blocks of pairs that
+# still make two of 512.
+_INTERPRETED_COLUMNS = {"prefill": 256, "decode": 256}
+
+TABLE: dict[tuple[str, str, int], tuple[tuple[int, Config], ...]] = {}
+for _kernel, _rows in KERNELS.items():
+    TABLE[_kernel, "consumer", 2] = _rows
+    TABLE[_kernel, "datacenter", 2] = _DATACENTER_ROWS.get(_kernel, _rows)
+    _wide = _INTERPRETED_COLUMNS.get(_kernel, 128)
     for _size in (2, 4):
-        TABLE[_kernel, "interpreter", _size] = [(w, replace(c, columns=128 if "k_eq" in _kernel else 256)) for w, c in TABLE[_kernel, "consumer", 2]]
+        TABLE[_kernel, "interpreter", _size] = tuple(
+            (most, replace(config, columns=_wide, keys=max(32, config.keys))) for most, config in _rows
+        )
+    for _kind in SHARED_BYTES:
+        TABLE[_kernel, _kind, 4] = _FP32

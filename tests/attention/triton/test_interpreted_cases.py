@@ -1,0 +1,34 @@
+"""The case list through the kernels, in Triton's interpreter: between guards, twice, against the error rule."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gemma4_kernels.bench import validation
+from gemma4_kernels.bench.cases import AttentionCase, attention_cases
+
+CPU = torch.device("cpu")
+
+
+def narrowed(case: AttentionCase) -> AttentionCase:
+    """At most two KV heads with their groups: the others are programs that differ by an offset."""
+    heads = min(case.hkv, 2)
+    return replace(case, hkv=heads, hq=case.hq // case.hkv * heads)
+
+
+def cases() -> list[AttentionCase]:
+    """Every case at its own dtype, and at one of the other two in turn."""
+    found = []
+    for number, case in enumerate(dict.fromkeys(map(narrowed, attention_cases()))):
+        others = [dtype for dtype in ("fp16", "fp32", "bf16") if dtype != case.dtype]
+        found += [case, replace(case, dtype=others[number % 2])]
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_a_case_is_held(case):
+    (check,) = validation.check_case(case, ["triton"], CPU)
+    assert check.status == "held", f"{check.reasons}; {check.replay}"
