@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_kernels import backends, checks
+from gemma4_kernels import backends, checks, triton_support
 from gemma4_kernels.attention.ops import MAX_HEAD_DIM, _call, _capacity, _fp32_sums
 from gemma4_kernels.backends import Call, Implementation
 
@@ -120,5 +120,18 @@ for _op, _schema in SCHEMAS.items():
             dtypes=frozenset(checks.FLOATS),
             features=frozenset({"paged"}),
             max_head_dim=MAX_HEAD_DIM,
+        )
+    )
+    backends.register(
+        Implementation(
+            op=_op,
+            backend="triton",
+            entry=f"gemma4_kernels.attention.triton.prologue:{_op}",
+            dtypes=frozenset({torch.bfloat16, torch.float16, torch.float32}),
+            features=frozenset({"paged"}),
+            max_head_dim=MAX_HEAD_DIM,
+            missing=triton_support.missing,
+            refuses=triton_support.refuses,
+            only_by_name=triton_support.only_by_name,
         )
     )
