@@ -12,6 +12,9 @@ once, and of the rotation each product and the sum. Multiply-adds are not fused 
 lose the rounding of a product. What may still differ from PyTorch is the order of the sum of squares.
 """
 
+# Kernels are Triton's language; their parameters have no Python types.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
 from __future__ import annotations
 
 import torch
