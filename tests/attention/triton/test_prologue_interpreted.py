@@ -8,7 +8,7 @@ import pytest
 import torch
 from prologue_helpers import DTYPES, GEMMA, KINDS, sliding_layer, with_exact_sums, written
 
-from gemma4_kernels import environment, explain, qkv_norm_rope_append, use_backend
+from gemma4_kernels import RingCache, environment, explain, qkv_norm_rope_append, use_backend
 from gemma4_kernels.bench.errors import judge
 from gemma4_kernels.reference.layers import apply_rope, rms_norm
 
@@ -148,6 +148,19 @@ def test_pages_and_lengths_of_both_integer_dtypes(kind, integers):
     pages, expected = ([cache.view(9, 4, *cache.shape[2:]) for cache in layer.caches(18, fill=3.0)] for _ in range(2))
     assert torch.equal(layer.append(pages, table), eager(layer, expected, table))
     assert all(torch.equal(a, b) for a, b in zip(pages, expected, strict=True))
+
+
+def test_a_ring_is_written_across_its_seam():
+    layer = with_exact_sums(sliding_layer(torch.bfloat16, rows=7))
+    layer.lengths = torch.tensor([20, 93])
+    rings = [RingCache.allocate(2, 8, 2, 64, dtype=torch.bfloat16, page_size=4) for _ in range(2)]
+    table = rings[0].block_table(100)
+    assert torch.equal(layer.append(rings[0].pages(), table), eager(layer, rings[1].pages(), table))
+    for got, want in ((rings[0].k, rings[1].k), (rings[0].v, rings[1].v)):
+        assert torch.equal(got, want)
+        used = got.ne(0).any(dim=-1).any(dim=-1)  # (B, 24)
+        assert used[0].nonzero().flatten().tolist() == [0, 1, 2, 20, 21, 22, 23]
+        assert used[1].nonzero().flatten().tolist() == [0, 1, 2, 3, 21, 22, 23]
 
 
 @kinds
