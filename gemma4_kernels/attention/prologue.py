@@ -75,8 +75,8 @@ def qkv_norm_rope_append(
     name = "qkv_norm_rope_append"
     _check_query(name, q, q_norm_weight, cos, sin)
     batch, rows, _, head_dim = q.shape
-    for argument, tensor in (("k", k), ("v", v)):
-        checks.has_shape(name, argument, tensor, (batch, rows, "Hkv" if argument == "k" else k.shape[2], head_dim))
+    checks.has_shape(name, "k", k, (batch, rows, "Hkv", head_dim))
+    checks.has_shape(name, "v", v, tuple(k.shape))
     _check_heads(name, q, k=k, v=v)
     _check_weight(name, "k_norm_weight", k_norm_weight, head_dim)
     _check_block_table(name, block_table, batch)

@@ -94,6 +94,17 @@ def test_bits_of_what_transformers_attention_hands_on(layer_index, dtype):
 
 
 @kinds
+def test_the_angles_of_a_pair_need_not_be_equal(kind):
+    """transformers repeats each angle; the formula does not ask for it."""
+    layer = KINDS[kind](torch.float64)
+    layer = replace(layer, cos=torch.randn(layer.cos.shape).double(), sin=torch.randn(layer.sin.shape).double())
+    out = layer.append(layer.caches(8))
+    low, high = rms_norm(layer.q, layer.q_weight).chunk(2, dim=-1)
+    (cos_low, cos_high), (sin_low, sin_high) = (x[:, :, None].chunk(2, dim=-1) for x in (layer.cos, layer.sin))
+    assert torch.equal(out, torch.cat((low * cos_low - high * sin_low, high * cos_high + low * sin_high), dim=-1))
+
+
+@kinds
 def test_fp64_stays_fp64(kind):
     layer = KINDS[kind](torch.float64)
     caches = layer.caches(8)

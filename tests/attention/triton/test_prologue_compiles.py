@@ -21,21 +21,23 @@ from gemma4_kernels.attention.triton.prologue import plan
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 
 
-def launch(dtype, head_dim, kv_heads, keys=True, paged=True):
-    """A layer of 16 query heads as data: tensors of the meta device hold no numbers."""
+def launch(
+    dtype, head_dim, kv_heads, keys=True, paged=True, heads=16, batch=2, rows=3, pages=9, page_size=16, columns=8
+):
+    """A layer as data: tensors of the meta device hold no numbers."""
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    merged = empty(2, 3, 16 + 2 * kv_heads, head_dim)
-    q, k, v = merged.split([16, kv_heads, kv_heads], dim=2)
+    merged = empty(batch, rows, heads + 2 * kv_heads, head_dim)
+    q, k, v = merged.split([heads, kv_heads, kv_heads], dim=2)
     weight = empty(head_dim, dtype=torch.bfloat16)
-    cos = empty(2, 3, head_dim)
-    cache = empty(9, 16, kv_heads, head_dim) if paged else empty(2, 4096, kv_heads, head_dim)
-    table = empty(2, 8, dtype=torch.int32) if paged else None
+    cos = empty(batch, rows, head_dim)
+    cache = empty(pages, page_size, kv_heads, head_dim) if paged else empty(batch, 4096, kv_heads, head_dim)
+    table = empty(batch, columns, dtype=torch.int32) if paged else None
     return plan(
         q, k if keys else None, v, weight, weight if keys else None, cos, cos, cache if keys else None, cache,
-        empty(2, dtype=torch.int32), table, 1e-6, empty(2, 3, 16, head_dim),
+        empty(batch, dtype=torch.int32), table, 1e-6, empty(batch, rows, heads, head_dim),
     )  # fmt: skip
 
 
@@ -68,6 +70,14 @@ def test_the_other_dtypes_and_an_odd_head_dim_compile(dtype):
         compiled = made.compile("sm_86")
         (reading,) = static.read(static.CompiledKernel(made.name, "sm_86", compiled.asm["cubin"], 0, made.num_warps))
         assert (reading.stack_bytes, reading.spill_instructions) == (0, 0)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_sizes_of_one_compile(paged):
+    """Triton takes an argument of 1 as a constant of the kernel."""
+    ones = dict.fromkeys(("heads", "batch", "rows", "pages", "page_size", "columns"), 1)
+    launch(torch.bfloat16, 2, 1, paged=paged, **ones).compile("sm_86")
+    launch(torch.bfloat16, 512, 1, paged=paged, batch=1, rows=1).compile("sm_86")
 
 
 def test_fp32_products_keep_their_rounding():

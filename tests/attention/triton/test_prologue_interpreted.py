@@ -127,6 +127,16 @@ def test_bf16_is_rounded_as_pytorch_rounds_it():
 
 
 @kinds
+def test_the_angles_of_a_pair_need_not_be_equal(kind):
+    """transformers repeats each angle; the formula does not ask for it."""
+    layer = with_exact_sums(KINDS[kind](torch.bfloat16))
+    layer = replace(layer, cos=torch.randn(layer.cos.shape).bfloat16(), sin=torch.randn(layer.sin.shape).bfloat16())
+    caches, expected = layer.caches(8, fill=0.0), layer.caches(8, fill=0.0)
+    assert torch.equal(layer.append(caches), eager(layer, expected))
+    assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
+
+
+@kinds
 def test_weights_of_any_dtype(kind):
     layer = KINDS[kind](torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
