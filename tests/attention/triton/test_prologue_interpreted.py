@@ -137,6 +137,14 @@ def test_the_angles_of_a_pair_need_not_be_equal(kind):
 
 
 @kinds
+def test_eps_goes_to_every_norm(kind):
+    layer = with_exact_sums(KINDS[kind](torch.bfloat16))
+    caches, expected = layer.caches(8, fill=0.0), layer.caches(8, fill=0.0)
+    assert torch.equal(layer.append(caches, eps=8.0), eager(layer, expected, eps=8.0))
+    assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
+
+
+@kinds
 def test_weights_of_any_dtype(kind):
     layer = KINDS[kind](torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
