@@ -10,6 +10,8 @@ from gemma4_kernels.attention.api import (
     flash_attn_with_kvcache,
     k_eq_v_attention,
 )
+from gemma4_kernels.attention.prologue import k_eq_v_norm_rope_append, qkv_norm_rope_append
+from gemma4_kernels.attention.ring import RingCache
 from gemma4_kernels.backends import explain, use_backend
 from gemma4_kernels.checks import BackendError, DeviceError, DTypeError, ShapeError, StrideError
 from gemma4_kernels.geometry import GEMMA4_12B, GEMMA4_12B_DRAFTER
@@ -20,6 +22,7 @@ __all__ = [
     "BackendError",
     "DTypeError",
     "DeviceError",
+    "RingCache",
     "ShapeError",
     "StrideError",
     "__version__",
@@ -28,5 +31,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
     "k_eq_v_attention",
+    "k_eq_v_norm_rope_append",
+    "qkv_norm_rope_append",
     "use_backend",
 ]

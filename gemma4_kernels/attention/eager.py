@@ -300,18 +300,24 @@ def flash_attn_kvcache(
     return out, lse
 
 
+def appended_rows(
+    cache: Tensor, new: Tensor, cache_seqlens: Tensor, cache_batch_idx: Tensor | None, block_table: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(entry, row) in the cache of each row of `new` (B, rows, H, D), written from cache_seqlens on."""
+    batch, rows = new.shape[:2]
+    position = cache_seqlens.long()[:, None] + torch.arange(rows, device=new.device)  # (B, rows)
+    if block_table is None:
+        entry = torch.arange(batch, device=new.device) if cache_batch_idx is None else cache_batch_idx.long()
+        return entry[:, None], position
+    page_size = cache.shape[1]
+    return block_table.long().gather(1, position // page_size), position % page_size
+
+
 def append_kv(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor, cache_batch_idx: Tensor | None,
     block_table: Tensor | None,
 ) -> None:  # fmt: skip
-    batch, rows = k.shape[:2]
-    position = cache_seqlens.long()[:, None] + torch.arange(rows, device=k.device)  # (B, rows)
-    if block_table is None:
-        entry = torch.arange(batch, device=k.device) if cache_batch_idx is None else cache_batch_idx.long()
-        index = (entry[:, None], position)
-    else:
-        page_size = k_cache.shape[1]
-        index = (block_table.long().gather(1, position // page_size), position % page_size)
+    index = appended_rows(k_cache, k, cache_seqlens, cache_batch_idx, block_table)
     k_cache[index] = k
     v_cache[index] = v
 

@@ -46,6 +46,8 @@ class Launch:
     constants: Mapping[str, Any]
     """Values of the constexpr parameters."""
     num_warps: int
+    enable_fp_fusion: bool = True
+    """False keeps a * b + c as two operations with a rounding each, as PyTorch's own operations are."""
 
     @property
     def name(self) -> str:
@@ -55,7 +57,7 @@ class Launch:
         if 0 in self.grid:
             return
         with _on_device_of(self.arguments):
-            self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps)
+            self.kernel[self.grid](**self.arguments, **self.constants, **self._options)
 
     def compile(self, architecture: str) -> Any:
         """triton's CompiledKernel for "sm_86" and the like; needs no GPU, but kernels that are not interpreted."""
@@ -80,7 +82,11 @@ class Launch:
                 attributes[index,] = [["tt.divisibility", _DIVISIBILITY]]
         source = ASTSource(self.kernel, signature=signature, constexprs=constants, attrs=attributes)
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-        return triton.compile(source, target=target, options={"num_warps": self.num_warps})
+        return triton.compile(source, target=target, options=self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"num_warps": self.num_warps, "enable_fp_fusion": self.enable_fp_fusion}
 
 
 def _type_of(value: Any) -> str:
