@@ -3,7 +3,8 @@
 Nothing here runs or knows a card. Counts are per warp. Within a loop every instruction between the first and the last address
 counts as executed once a pass:
 
-* a branch inside the loop makes the count an upper bound, because a real pass skips one of the two sides;
+* a branch inside the loop makes the count an upper bound, because a real pass skips one of the two sides; `Loop.fewest` is the
+  lower bound;
 * a loop inside the loop makes it a lower bound; `Loop.inner_loops` says whether there is one;
 * code that ptxas moved behind the end of the kernel, and functions that are called, are not in it.
 """
@@ -15,7 +16,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,8 @@ class Loop(NamedTuple):
     end: int
     """Addresses of the first and the last instruction."""
     instructions: int
+    fewest: int
+    """Instructions of a pass in which every branch takes the shortest way."""
     loads: Mapping[int, int]
     """Loads from global memory into registers: bytes per lane -> number."""
     copies: Mapping[int, int]
@@ -201,7 +204,7 @@ def find_loops(listing: Sequence[Instruction]) -> list[Loop]:
         target = branch_target(instruction)
         if target is not None and target < instruction.address:
             body = [each for each in listing if target <= each.address <= instruction.address]
-            if _leads_through(body):
+            if _fewest(body) is not None:
                 ends[target] = max(instruction.address, ends.get(target, 0))
     spans = sorted(ends.items())
     return [
@@ -213,21 +216,22 @@ def find_loops(listing: Sequence[Instruction]) -> list[Loop]:
     ]
 
 
-def _leads_through(body: Sequence[Instruction]) -> bool:
-    """Whether the last instruction can follow the first without leaving what lies between."""
+def _fewest(body: Sequence[Instruction]) -> int | None:
+    """Instructions on the shortest way from the first to the last, both included; None if none leads there inside `body`."""
     position = {instruction.address: index for index, instruction in enumerate(body)}
-    seen, waiting = set(), [0]
+    steps = {0: 1}
+    waiting = deque([0])
     while waiting:
-        index = waiting.pop()
-        if index in seen or index >= len(body):
-            continue
-        seen.add(index)
-        if _falls_through(body[index]):
-            waiting.append(index + 1)
+        index = waiting.popleft()
+        following = [index + 1] if _falls_through(body[index]) else []
         target = branch_target(body[index])
-        if target is not None and target in position:
-            waiting.append(position[target])
-    return len(body) - 1 in seen
+        if target in position:
+            following.append(position[target])
+        for each in following:
+            if each < len(body) and each not in steps:
+                steps[each] = steps[index] + 1
+                waiting.append(each)
+    return steps.get(len(body) - 1)
 
 
 def _loop(body: Sequence[Instruction], inner_loops: int) -> Loop:
@@ -245,6 +249,7 @@ def _loop(body: Sequence[Instruction], inner_loops: int) -> Loop:
         body[0].address,
         body[-1].address,
         len(body),
+        fewest=_fewest(body) or len(body),
         loads=dict(Counter(load_bytes(name) for name in names if _LOAD.match(name))),
         copies=dict(Counter(load_bytes(name) for name in names if _COPY.match(name))),
         bulk_copies=count(_BULK_COPY),

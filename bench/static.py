@@ -213,9 +213,12 @@ class Prediction(NamedTuple):
 
     instructions: float
     """Warp instructions for 128 bytes."""
+    fewest_instructions: float
+    """Those of a pass that jumps over whatever it can."""
     budget: float
     """Warp instructions that the card can issue while its memory delivers 128 bytes."""
     issue_ns: float
+    fewest_issue_ns: float
     tensor_ns: float | None
     """None where the card's rate for a kind of multiplication is not known."""
     dram_ns: float
@@ -225,7 +228,15 @@ class Prediction(NamedTuple):
     @property
     def binding(self) -> tuple[str, float]:
         """What takes longest, and how long, ns."""
-        times = {"memory": self.dram_ns, "issue slots": self.issue_ns, "tensor cores": self.tensor_ns or 0.0}
+        return self._longest(self.issue_ns)
+
+    @property
+    def fewest_binding(self) -> tuple[str, float]:
+        """The same for a pass that jumps over whatever it can."""
+        return self._longest(self.fewest_issue_ns)
+
+    def _longest(self, issue_ns: float) -> tuple[str, float]:
+        times = {"memory": self.dram_ns, "issue slots": issue_ns, "tensor cores": self.tensor_ns or 0.0}
         return max(times.items(), key=lambda item: item[1])
 
 
@@ -247,8 +258,10 @@ def predict(reading: Reading, card: cards.Card) -> Prediction | None:
     done = sum(loop.macs.values()) * kernel.warps / reading.unrolled
     return Prediction(
         instructions=loop.instructions * scale,
+        fewest_instructions=loop.fewest * scale,
         budget=issued_per_ns * dram_ns,
         issue_ns=loop.instructions * scale / issued_per_ns,
+        fewest_issue_ns=loop.fewest * scale / issued_per_ns,
         tensor_ns=tensor_ns,
         dram_ns=dram_ns,
         useful_share=kernel.loop_macs / done if kernel.loop_macs and done else None,

@@ -9,10 +9,11 @@ from gemma4_kernels.bench import cards, sass, static, tables
 
 COLUMNS = (
     "family", "kernel", "function", "architecture", "warps", "registers", "stack_bytes", "shared_bytes", "spills",
-    "instructions", "loop_instructions", "unrolled", "inner_branches", "inner_loops", "loads", "loaded_bytes", "loop_bytes",
-    "loaded_share", "matrix_instructions", "macs", "shared_accesses", "transcendentals", "loop_spills",
-    "card", "instructions_per_128", "budget_per_128", "issue_ns", "tensor_ns", "dram_ns", "binding", "over_dram",
-    "useful_share",
+    "instructions", "fewest_loop_instructions", "loop_instructions", "unrolled", "inner_branches", "inner_loops",
+    "loads", "loaded_bytes", "loop_bytes", "loaded_share", "matrix_instructions", "macs", "shared_accesses",
+    "transcendentals", "loop_spills",
+    "card", "fewest_instructions_per_128", "instructions_per_128", "budget_per_128", "fewest_issue_ns", "issue_ns",
+    "tensor_ns", "dram_ns", "fewest_binding", "binding", "fewest_over_dram", "over_dram", "useful_share",
 )  # fmt: skip
 
 
@@ -41,7 +42,8 @@ def _code(family: str, reading: static.Reading) -> dict[str, Any]:
     if loop is not None:
         warps = kernel.warps
         row |= {
-            "loop_instructions": loop.instructions, "unrolled": reading.unrolled, "inner_branches": loop.inner_branches,
+            "loop_instructions": loop.instructions, "fewest_loop_instructions": loop.fewest,
+            "unrolled": reading.unrolled, "inner_branches": loop.inner_branches,
             "inner_loops": loop.inner_loops, "loads": widths(loop),
             "loaded_bytes": warps and loop.loaded_bytes * warps, "matrix_instructions": loop.matrix_instructions,
             "macs": warps and sum(loop.macs.values()) * warps, "shared_accesses": loop.shared_accesses,
@@ -51,11 +53,15 @@ def _code(family: str, reading: static.Reading) -> dict[str, Any]:
 
 
 def _on_card(name: str, prediction: static.Prediction) -> dict[str, Any]:
-    binding, ns = prediction.binding
+    (binding, ns), (fewest_binding, fewest_ns) = prediction.binding, prediction.fewest_binding
     return {
-        "card": name, "instructions_per_128": prediction.instructions, "budget_per_128": prediction.budget,
-        "issue_ns": prediction.issue_ns, "tensor_ns": prediction.tensor_ns, "dram_ns": prediction.dram_ns,
-        "binding": binding, "over_dram": ns / prediction.dram_ns, "useful_share": prediction.useful_share,
+        "card": name, "fewest_instructions_per_128": prediction.fewest_instructions,
+        "instructions_per_128": prediction.instructions, "budget_per_128": prediction.budget,
+        "fewest_issue_ns": prediction.fewest_issue_ns, "issue_ns": prediction.issue_ns,
+        "tensor_ns": prediction.tensor_ns, "dram_ns": prediction.dram_ns,
+        "fewest_binding": fewest_binding, "binding": binding,
+        "fewest_over_dram": fewest_ns / prediction.dram_ns, "over_dram": ns / prediction.dram_ns,
+        "useful_share": prediction.useful_share,
     }  # fmt: skip
 
 
@@ -70,8 +76,8 @@ def widths(loop: sass.Loop) -> str:
 _CODE_TABLE = {
     "family": "family", "kernel": "kernel", "arch": "architecture", "registers": "registers", "stack": "stack_bytes",
     "shared": "shared_bytes", "spills": "spills", "instr.": "instructions", "main loop": "loop_instructions",
-    "unrolled": "unrolled",
-    "branches": "inner_branches", "loops": "inner_loops", "loads per warp": "loads", "loaded / pass": "loaded_share",
+    "unrolled": "unrolled", "branches": "inner_branches", "loops": "inner_loops", "loads per warp": "loads",
+    "loaded / pass": "loaded_share",
     "MMA": "matrix_instructions", "LDS, STS": "shared_accesses", "MUFU": "transcendentals",
 }  # fmt: skip
 _CARD_TABLE = {
@@ -92,10 +98,10 @@ def render(collection: static.Collection, form: str = "md", names: Sequence[str]
         {(row["kernel"], row["function"], row["architecture"], row["family"]): row for row in found}.values()
     )
     lines += [*_table(_CODE_TABLE, kernels), f"{len(kernels)} compiled kernels."]
-    order = list(dict.fromkeys(row["kernel"] for row in found))
+    order = list(dict.fromkeys((row["family"], row["kernel"]) for row in found))
     predicted = sorted(
         (row for row in found if row["card"]),
-        key=lambda row: (order.index(row["kernel"]), list(names).index(row["card"])),
+        key=lambda row: (order.index((row["family"], row["kernel"])), list(names).index(row["card"])),
     )
     if predicted:
         lines += [
@@ -108,12 +114,21 @@ def render(collection: static.Collection, form: str = "md", names: Sequence[str]
 
 
 def _table(head: Mapping[str, str], found: Iterable[Mapping[str, Any]]) -> list[str]:
-    cells = [[_cell(column, row[column]) for column in head.values()] for row in found]
+    cells = [[_cell(row, column) for column in head.values()] for row in found]
     numbers = [index for index, column in enumerate(head.values()) if column not in _TEXT]
     return tables.table(list(head), cells, numbers)
 
 
-def _cell(column: str, value: Any) -> str:
+def _cell(row: Mapping[str, Any], column: str) -> str:
+    """A number; "0.0251 to 0.3140" where it depends on the branches that a pass takes."""
+    text = _text(column, row[column])
+    if (fewest := row.get(f"fewest_{column}")) is None:
+        return text
+    least = _text(column, fewest)
+    return text if least == text else f"{least} to {text}"
+
+
+def _text(column: str, value: Any) -> str:
     if value is None:
         return "-"
     if column == "useful_share":

@@ -81,6 +81,8 @@ def test_loops_and_what_a_pass_of_them_does():
     outer, loading, waiting = sass.find_loops(sass.parse_listing(LISTING)["first"])
     assert [(loop.start, loop.end) for loop in (outer, loading, waiting)] == [(0x20, 0xD0), (0x30, 0x80), (0xA0, 0xB0)]
     assert (loading.instructions, loading.inner_branches, loading.inner_loops) == (6, 1, 0)
+    # A pass may jump over the MUFU, and one of the outer loop over nothing else: the loops inside run at least once.
+    assert (loading.fewest, outer.fewest) == (5, 11)
     assert (loading.loads, loading.copies, loading.loaded_bytes) == ({16: 1}, {4: 1}, 32 * 20)
     # "@!PT LDS" is issued and does nothing.
     assert (loading.transcendentals, loading.shared_accesses, loading.local_accesses) == (1, 0, 0)
@@ -261,6 +263,7 @@ def test_a_branch_inside_the_main_loop_counts_with_both_sides(architecture):
     assert (loop.inner_branches, loop.inner_loops) == (1, 0)
     # Eight numbers a thread, eight times
     assert loop.transcendentals == 64
+    assert loop.fewest < loop.instructions - 64
     assert loop.loads == {16: 2}
 
 

@@ -133,7 +133,7 @@ def compiled(monkeypatch):
         yield static.LazyKernel("prefill", lambda: static.CompiledKernel("prefill", architecture, b""))
 
     def read(kernel):
-        copies = sass.Loop(0, 0x90, 10, {}, {16: 4}, 0, {"bf16": 2048}, 1, 0, 0, 0, 0, 0)
+        copies = sass.Loop(0, 0x90, 10, 10, {}, {16: 4}, 0, {"bf16": 2048}, 1, 0, 0, 0, 0, 0)
         return [static.Reading(kernel, kernel.name, 40, 0, 0, 0, 20, (copies,))]
 
     module = types.ModuleType("compiled_kernels")
