@@ -69,7 +69,8 @@ class LazyKernel:
 
 Provider = Callable[[str], Iterable[CompiledKernel | LazyKernel]]
 
-# family -> "package.module:function", a Provider that is imported when it is asked.
+# family -> "package.module:function", a Provider that is imported when it is asked. A family of this package joins with a line
+# here, kernels from elsewhere with `register`.
 _providers: dict[str, str] = {}
 
 

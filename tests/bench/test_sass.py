@@ -87,6 +87,7 @@ def test_loops_and_what_a_pass_of_them_does():
     # "@!PT LDS" is issued and does nothing.
     assert (loading.transcendentals, loading.shared_accesses, loading.local_accesses) == (1, 0, 0)
     assert (outer.inner_loops, outer.local_accesses) == (2, 1)
+    assert sass.main_loop([outer, loading, waiting]) == loading
 
 
 def test_a_loop_that_waits_does_not_take_the_place_of_the_loop_around_it():
@@ -98,11 +99,12 @@ def test_a_loop_that_waits_does_not_take_the_place_of_the_loop_around_it():
     assert loops[0].inner_loops == 1
 
 
-def test_code_behind_the_end_that_jumps_back_closes_no_loop():
+@pytest.mark.parametrize("end", ["EXIT", "BRA 0x80", "RET.REL.NODEC R20 0x0"])
+def test_code_behind_the_end_that_jumps_back_closes_no_loop(end):
     found = sass.find_loops(
         listing(
-            "LDG.E R2, [R4.64]", "BRA.DIV UR4, 0x60", "FADD R3, R3, R2", "@P1 BRA 0x0", "STG.E [R4.64], R3", "EXIT",
-            "WARPSYNC.COLLECTIVE R1, 0x70", "BRA 0x20",
+            "LDG.E R2, [R4.64]", "BRA.DIV UR4, 0x60", "FADD R3, R3, R2", "@P1 BRA 0x0", "STG.E [R4.64], R3", end,
+            "WARPSYNC.COLLECTIVE R1, 0x70", "BRA 0x20", "EXIT",
         )
     )  # fmt: skip
     assert [(loop.start, loop.end) for loop in found] == [(0, 0x30)]
@@ -168,16 +170,17 @@ def test_which_loop_is_the_main_one_can_be_said():
 
 
 def test_an_unrolled_loop_is_known_by_the_loop_for_the_rest():
-    main, rest, other = sass.find_loops(
+    main, rest, other, uneven = sass.find_loops(
         listing(
             *["LDG.E R2, [R4.64]", "LDG.E.U8 R3, [R5.64]"] * 4, "@P0 BRA 0x0",
             "LDG.E R2, [R4.64]", "LDG.E.U8 R3, [R5.64]", "@P0 BRA 0x90",
-            "LDG.E R2, [R4.64]", "@P0 BRA 0xc0", "EXIT",
+            "LDG.E R2, [R4.64]", "@P0 BRA 0xc0",
+            "LDG.E R2, [R4.64]", "LDG.E R2, [R4.64]", "LDG.E.U8 R3, [R5.64]", "@P0 BRA 0xe0", "EXIT",
         )
     )  # fmt: skip
-    assert sass.unrolling(main, [main, rest, other]) == 4
-    assert sass.unrolling(rest, [main, rest, other]) == 1
-    assert sass.unrolling(main, [main, other]) == 1
+    assert sass.unrolling(main, [main, rest, other, uneven]) == 4
+    assert sass.unrolling(rest, [main, rest, other, uneven]) == 1
+    assert sass.unrolling(main, [main, other, uneven]) == 1
 
 
 # Compiled kernels ----------------------------------------------------------------------------------------------------
