@@ -97,7 +97,7 @@ def render(collection: static.Collection, form: str = "md", names: Sequence[str]
     kernels = list(
         {(row["kernel"], row["function"], row["architecture"], row["family"]): row for row in found}.values()
     )
-    lines += [*_table(_CODE_TABLE, kernels), f"{len(kernels)} compiled kernels."]
+    lines += [*(_table(_CODE_TABLE, kernels) if kernels else []), f"{len(kernels)} compiled kernels."]
     order = list(dict.fromkeys((row["family"], row["kernel"]) for row in found))
     predicted = sorted(
         (row for row in found if row["card"]),

@@ -171,6 +171,13 @@ def test_each_card_of_the_architecture_has_a_row():
     assert [row["card"] for row in rows] == ["rtx 3060", "rtx 3060 laptop gpu", "rtx 3090"]
 
 
+def test_cards_of_a_kernel_stand_together_in_the_order_asked_for():
+    readings = [("attention", reading(architecture=architecture)) for architecture in ("sm_80", "sm_86", "sm_90")]
+    text = static_tables.render(static.Collection(readings, [], []))
+    found = [line.split("|")[3].strip() for line in text.split("Predicted")[1].splitlines() if "decode" in line]
+    assert found == ["rtx 3060", "a100-sxm4-80gb", "h100 80gb hbm3"]
+
+
 def test_widths_are_said_from_wide_to_narrow():
     assert (
         static_tables.widths(loop()._replace(loads={2: 3, 8: 1}, copies={16: 48}))
