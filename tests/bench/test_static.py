@@ -179,10 +179,8 @@ def test_cards_of_a_kernel_stand_together_in_the_order_asked_for():
 
 
 def test_widths_are_said_from_wide_to_narrow():
-    assert (
-        static_tables.widths(loop()._replace(loads={2: 3, 8: 1}, copies={16: 48}))
-        == "48 x 16 B async, 1 x 8 B, 3 x 2 B"
-    )
+    found = static_tables.widths(loop()._replace(loads={2: 3, 8: 1}, copies={4: 2, 16: 48}))
+    assert found == "48 x 16 B async, 2 x 4 B async, 1 x 8 B, 3 x 2 B"
     assert static_tables.widths(loop()._replace(copies={}, bulk_copies=2)) == "2 x bulk"
     assert static_tables.widths(loop()._replace(copies={})) == "none"
 
