@@ -10,7 +10,9 @@ benchmarks     timing        rounds, copies, clocks
                ceilings, cards    what the device can do: measured, and by its data sheet
                baselines     SDPA and transformers on the same inputs
                running       from cases to the rows of a record
-               static        what compiled kernels say without a GPU
+without a GPU  static        what compiled kernels say, and what must bind them
+               sass          reading machine code
+               static_tables its tables
 records        records       schema, reading, what may not be quoted
                machine       what a record says of the machine
                tables, plot, compare, report    what is made of records

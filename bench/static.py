@@ -1,101 +1,76 @@
-"""What compiled kernels say before any GPU has run them: registers, spills, shared memory, loops, and what will bind.
+"""What compiled kernels say before any GPU has run them: registers, spills, shared memory, and what will bind the main loop.
 
-A family registers a provider, a function that compiles its kernels for an architecture and returns them as `CompiledKernel`s.
-Everything here is read from the machine code with cuobjdump (of the CUDA toolkit, or the one that Triton brings along). No
-figure is a measurement: each is a property of the code, or predicted from it.
+A family registers a provider, a function that compiles its kernels for an architecture and yields them as `CompiledKernel`s, or
+as `LazyKernel`s that are compiled only if they are asked for. `sass` reads their machine code. No figure is a measurement: each
+is a property of the code, or follows from it and a data sheet (`cards`).
 
-Predicted binding resource: the main loop of a kernel issues so many instructions for so many bytes of weights or cache. A card
-issues at most SMs x 4 x clock warp instructions a second and reads at most its bandwidth; whichever takes longer per byte
-binds.
+For 128 bytes of cache or weights that the main loop takes in, and for the whole card with every SM at work:
+
+    issue time     warp instructions of the loop / (SMs x 4 schedulers x clock)
+    tensor time    multiply-accumulates of the loop / (SMs x those of an SM and clock x clock)
+    DRAM time      128 bytes / bandwidth
+
+The longest binds. If that is the DRAM time, the kernel can run at the speed of memory; else its ratio to the DRAM time is the
+factor by which it must miss it. `static_tables` prints all of this.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import importlib.util
-import re
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterable
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-from gemma4_kernels.bench.tables import table
+from gemma4_kernels.bench import cards, sass
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 SCHEDULERS = 4  # of an SM, each issuing one warp instruction a cycle
+LINE = 128  # bytes for which times are given
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """One kernel for one architecture."""
+    """One kernel for one architecture, as a family provides it."""
 
     name: str
+    """Tells the family's configurations apart; it need not be the name of the function."""
     architecture: str
     cubin: bytes
     shared_bytes: int | None = None
-    """Dynamic shared memory that the launch asks for, which the machine code does not show; None for none."""
+    """Dynamic shared memory that the launch asks for, which the machine code does not show (Triton: metadata.shared)."""
     warps: int | None = None
+    """Of a block."""
     loop_bytes: int | None = None
-    """Bytes of weights or cache that a block takes in during one pass of its main loop, if the family says so."""
+    """Bytes of cache or weights that a block takes in during one pass of its main loop. Without it, or without `warps`, nothing
+    is predicted."""
+    loop_macs: int | None = None
+    """Multiply-accumulates of a block's pass that some result needs, if known: without rows and keys that only fill a tile."""
+    main_loop: str = "loads"
+    """How the main loop is told from others: a key of `sass.MAIN_LOOP`."""
+
+    def __post_init__(self) -> None:
+        if self.main_loop not in sass.MAIN_LOOP:
+            raise ValueError(
+                f"{self.name}: main_loop is {self.main_loop!r}, expected one of {', '.join(sass.MAIN_LOOP)}"
+            )
 
 
-class Card(NamedTuple):
-    """What the prediction needs; figures of the data sheets, see `cards`."""
+@dataclass(frozen=True)
+class LazyKernel:
+    """A kernel that `compile` compiles if it is asked for. If that fails, only this kernel is missing."""
 
     name: str
-    architecture: str
-    sms: int
-    clock_ghz: float
-    bandwidth_gbs: float
+    compile: Callable[[], CompiledKernel]
 
 
-PREDICTED_FOR = (
-    Card("RTX 3060", "sm_86", 28, 1.78, 360.0),
-    Card("RTX 4060", "sm_89", 24, 2.46, 272.0),
-)
+Provider = Callable[[str], Iterable[CompiledKernel | LazyKernel]]
 
-
-class Loop(NamedTuple):
-    """A loop of the machine code: everything between a backward branch and its target."""
-
-    start: int
-    end: int
-    """Addresses of the first and the last instruction."""
-    instructions: int
-    loads: int
-    """Instructions that read global memory, asynchronous copies included."""
-
-
-class Reading(NamedTuple):
-    """One function of a compiled kernel."""
-
-    kernel: CompiledKernel
-    function: str
-    registers: int
-    stack_bytes: int
-    static_shared_bytes: int
-    spill_instructions: int
-    """Loads from and stores to local memory: spilled registers, or arrays that did not fit into registers."""
-    instructions: int
-    loops: tuple[Loop, ...]
-
-    @property
-    def shared_bytes(self) -> int:
-        return self.static_shared_bytes + (self.kernel.shared_bytes or 0)
-
-    @property
-    def main_loop(self) -> Loop | None:
-        """The innermost loop with the most loads from global memory, and of those the longest."""
-        innermost = [loop for loop in self.loops if not any(_within(other, loop) for other in self.loops)]
-        return max(innermost, key=lambda loop: (loop.loads, loop.instructions), default=None)
-
-
-Provider = Callable[[str], Iterable[CompiledKernel]]
-
-# family -> "package.module:function", a Provider that is imported when it is asked.
+# family -> "package.module:function", a Provider that is imported when it is asked. A family of this package joins with a line
+# here, kernels from elsewhere with `register`.
 _providers: dict[str, str] = {}
 
 
@@ -108,188 +83,187 @@ def unregister(family: str) -> None:
     del _providers[family]
 
 
+# Collecting ----------------------------------------------------------------------------------------------------------
+
+
+class Reading(NamedTuple):
+    """One function of a compiled kernel."""
+
+    kernel: CompiledKernel
+    function: str
+    registers: int
+    stack_bytes: int
+    static_shared_bytes: int
+    spill_instructions: int
+    """Loads from and stores to local memory, in the whole function."""
+    instructions: int
+    loops: tuple[sass.Loop, ...]
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.static_shared_bytes + (self.kernel.shared_bytes or 0)
+
+    @property
+    def main_loop(self) -> sass.Loop | None:
+        return sass.main_loop(self.loops, self.kernel.main_loop)
+
+    @property
+    def unrolled(self) -> int:
+        """Passes of the source in one pass of the main loop. What the code looks like counts only if it also loads so many
+        times `loop_bytes`."""
+        loop, kernel = self.main_loop, self.kernel
+        if loop is None or not (kernel.warps and kernel.loop_bytes):
+            return 1
+        times = sass.unrolling(loop, self.loops)
+        return times if loop.loaded_bytes * kernel.warps >= times * kernel.loop_bytes else 1
+
+    @property
+    def loaded_share(self) -> float | None:
+        """Bytes that the code of a pass loads over `loop_bytes`; None if the code does not show its bytes."""
+        loop, kernel = self.main_loop, self.kernel
+        if loop is None or loop.bulk_copies or not (kernel.warps and kernel.loop_bytes):
+            return None
+        return loop.loaded_bytes * kernel.warps / (kernel.loop_bytes * self.unrolled)
+
+
 class Collection(NamedTuple):
     readings: list[tuple[str, Reading]]
     """(family, reading)"""
+    failures: list[str]
+    """What could not be compiled or read, and why."""
     remarks: list[str]
-    """What could not be read, and why."""
-
-
-def collect(architectures: Iterable[str] = ARCHITECTURES) -> Collection:
-    """Compile and read the kernels of every family; a family that fails becomes a remark."""
-    readings: list[tuple[str, Reading]] = []
-    remarks: list[str] = []
-    if not _providers:
-        remarks.append("No family of this version has compiled kernels: its implementations are plain PyTorch.")
-        return Collection(readings, remarks)
-    if cuobjdump() is None:
-        remarks.append("cuobjdump is missing: it comes with the CUDA toolkit and with Triton.")
-        return Collection(readings, remarks)
-    for family, entry in _providers.items():
-        for architecture in architectures:
-            try:
-                module, _, name = entry.partition(":")
-                provider: Provider = getattr(importlib.import_module(module), name)
-                for kernel in provider(architecture):
-                    readings += [(family, reading) for reading in read(kernel)]
-            except Exception as error:  # a compiler that is missing or fails says so in many ways
-                remarks.append(f"{family} on {architecture}: {type(error).__name__}: {error}".splitlines()[0])
-    return Collection(readings, remarks)
-
-
-def render(collection: Collection) -> str:
-    head = (
-        "family",
-        "kernel",
-        "arch",
-        "registers",
-        "shared bytes",
-        "spills",
-        "instructions",
-        "main loop",
-        "loads in it",
-    )
-    rows, predictions = [], []
-    for family, reading in collection.readings:
-        loop = reading.main_loop
-        rows.append(
-            (
-                family, reading.function, reading.kernel.architecture, str(reading.registers), str(reading.shared_bytes),
-                str(reading.spill_instructions), str(reading.instructions),
-                "-" if loop is None else str(loop.instructions), "-" if loop is None else str(loop.loads),
-            )
-        )  # fmt: skip
-        predictions += [
-            _predict(reading, card) for card in PREDICTED_FOR if card.architecture == reading.kernel.architecture
-        ]
-    lines = [*table(head, rows, numbers=range(3, len(head))), f"{len(rows)} compiled kernels."]
-    found = [sentence for sentence in predictions if sentence]
-    return "\n".join(lines + (["", *found] if found else []) + collection.remarks)
-
-
-def _predict(reading: Reading, card: Card) -> str | None:
-    """One sentence, or None where the family does not say what a pass of the loop takes in."""
-    loop, kernel = reading.main_loop, reading.kernel
-    if loop is None or not kernel.loop_bytes or not kernel.warps:
-        return None
-    per_byte = loop.instructions * kernel.warps / kernel.loop_bytes
-    issue = per_byte / (card.sms * SCHEDULERS * card.clock_ghz)  # ns per byte
-    memory = 1 / card.bandwidth_gbs
-    binding, ratio = ("issue slots", issue / memory) if issue > memory else ("memory bandwidth", memory / issue)
-    return (
-        f"predicted, {reading.function} on {card.name}: {per_byte:.3f} warp instructions per byte; "
-        f"{binding} bind, {ratio:.1f} times the other"
-    )
-
-
-# Reading machine code -----------------------------------------------------------------------------------------------
-
-
-def cuobjdump() -> str | None:
-    """Path of cuobjdump: on the PATH, or Triton's own; Triton is not imported for it."""
-    if found := shutil.which("cuobjdump"):
-        return found
-    triton = importlib.util.find_spec("triton")
-    for folder in (triton.submodule_search_locations or ()) if triton else ():
-        candidate = Path(folder) / "backends" / "nvidia" / "bin" / "cuobjdump"
-        if candidate.is_file():
-            return str(candidate)
-    return None
 
 
 def read(kernel: CompiledKernel) -> list[Reading]:
-    """Everything cuobjdump tells of each function in a cubin. Raises RuntimeError where it cannot be run."""
-    tool = cuobjdump()
-    if tool is None:
-        raise RuntimeError("cuobjdump is missing")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(kernel.cubin)
-        usage, code = (_output([tool, option, str(path)]) for option in ("-res-usage", "-sass"))
-    resources = parse_resources(usage)
-    if not resources:
-        raise RuntimeError(f"cuobjdump found no function in {kernel.name} for {kernel.architecture}")
-    listings = parse_listing(code)
-    readings = []
-    for function, numbers in resources.items():
-        listing = listings.get(function, [])
-        readings.append(
-            Reading(
-                kernel, function, numbers.get("REG", 0), numbers.get("STACK", 0), numbers.get("SHARED", 0),
-                count_spills(listing), len(listing), tuple(find_loops(listing)),
-            )
-        )  # fmt: skip
-    return readings
+    """Everything that cuobjdump tells of each function in a cubin. Raises RuntimeError where it cannot be run."""
+    text = sass.disassemble(kernel.cubin)
+    resources, listings = sass.parse_resources(text, kernel.architecture), sass.parse_listing(text)
+    if not resources or not resources.keys() <= listings.keys():
+        raise RuntimeError("cuobjdump printed no function, or one without its code")
+    return [
+        Reading(
+            kernel, function, numbers["REG"], numbers["STACK"], numbers["SHARED"],
+            sass.count_spills(listings[function]), len(listings[function]), tuple(sass.find_loops(listings[function])),
+        )
+        for function, numbers in resources.items()
+    ]  # fmt: skip
 
 
-_FUNCTION_USAGE = re.compile(r"Function (\S+?):\s*\n\s*(.+)")
-_NUMBER = re.compile(r"(\w+)(?:\[\d+\])?:(\d+)")
-_FUNCTION_CODE = re.compile(r"^\s*Function : (\S+)")
-_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*);")
-_SPILL = re.compile(r"(LDL|STL)\b")
-_GLOBAL_LOAD = re.compile(r"(LDG|LDGSTS|LD|UBLKCP|UTMALDG)\b")
-_BRANCH = re.compile(r"BRA\b.*?(?:`\(\S+\)|0x([0-9a-f]+))")
+def collect(architectures: Iterable[str] = ARCHITECTURES, names: Sequence[str] = ()) -> Collection:
+    """Compile and read the kernels of every family whose names contain one of `names`; empty for all.
+
+    Triton keeps what it compiled on disk. cuobjdump takes half a second for a kernel, so it runs beside the compiler.
+    """
+    found = Collection([], [], [])
+    if not _providers:
+        found.remarks.append("No family of this version has compiled kernels: its implementations are plain PyTorch.")
+        return found
+    if sass.cuobjdump() is None:
+        found.failures.append("cuobjdump is missing: it comes with the CUDA toolkit and with Triton.")
+        return found
+    reading: list[tuple[str, CompiledKernel, Future[list[Reading]]]] = []
+    # Triton prints the code that ptxas refused on stdout, where the tables go.
+    with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.redirect_stdout(sys.stderr):
+        for family, entry in _providers.items():
+            for architecture in architectures:
+                for kernel in _compile(family, entry, architecture, names, found.failures):
+                    reading.append((family, kernel, pool.submit(read, kernel)))
+        for family, kernel, future in reading:
+            try:
+                found.readings.extend((family, each) for each in future.result())
+            except (OSError, RuntimeError, ValueError, KeyError) as error:
+                found.failures.append(_sentence(f"{family}, {kernel.name} for {kernel.architecture}", error))
+    return found
 
 
-def parse_resources(text: str) -> dict[str, dict[str, int]]:
-    """`cuobjdump -res-usage` -> {function: {"REG": 32, "STACK": 0, "SHARED": 1024, ...}}."""
-    return {
-        name: {key: int(value) for key, value in _NUMBER.findall(line)} for name, line in _FUNCTION_USAGE.findall(text)
-    }
+def _compile(
+    family: str, entry: str, architecture: str, names: Sequence[str], failures: list[str]
+) -> Iterable[CompiledKernel]:
+    def wanted(name: str) -> bool:
+        return not names or any(part in name for part in names)
+
+    # Whatever a missing or failing compiler raises, the other kernels are still worth reading.
+    try:
+        module, _, name = entry.partition(":")
+        provider: Provider = getattr(importlib.import_module(module), name)
+        for kernel in provider(architecture):
+            if not wanted(kernel.name):
+                continue
+            try:
+                ready = kernel.compile() if isinstance(kernel, LazyKernel) else kernel
+            except Exception as error:
+                failures.append(_sentence(f"{family}, {kernel.name} for {architecture}", error))
+            else:
+                yield ready
+    except Exception as error:
+        failures.append(_sentence(f"{family} for {architecture}", error))
 
 
-def parse_listing(text: str) -> dict[str, list[tuple[int, str]]]:
-    """`cuobjdump -sass` -> {function: [(address, instruction without its predicate)]}; padding after the end is dropped."""
-    listings: dict[str, list[tuple[int, str]]] = {}
-    current: list[tuple[int, str]] = []
-    for line in text.splitlines():
-        if match := _FUNCTION_CODE.match(line):
-            current = listings.setdefault(match[1], [])
-        elif match := _INSTRUCTION.match(line):
-            current.append((int(match[1], 16), match[2].strip()))
-    return {name: _without_padding(listing) for name, listing in listings.items()}
+def _sentence(what: str, error: Exception) -> str:
+    """The first line of the error and, if it quotes ptxas, the first line in which ptxas gives its reason."""
+    lines = str(error).splitlines() or [""]
+    reasons = [line for line in lines[1:] if line.startswith("ptxas") and ("fatal" in line or "error" in line)]
+    return f"{what}: {type(error).__name__}: " + "; ".join([lines[0], *reasons[:1]])
 
 
-def _without_padding(listing: list[tuple[int, str]]) -> list[tuple[int, str]]:
-    """Behind the last instruction stands a branch to itself, and NOPs to a full line."""
-    end = len(listing)
-    while end and listing[end - 1][1].startswith("NOP"):
-        end -= 1
-    if end and (target := _target(listing[end - 1][1])) is not None and target == listing[end - 1][0]:
-        end -= 1
-    return listing[:end]
+# Predicting ----------------------------------------------------------------------------------------------------------
 
 
-def count_spills(listing: list[tuple[int, str]]) -> int:
-    """Instructions that access local memory."""
-    return sum(bool(_SPILL.match(text)) for _, text in listing)
+class Prediction(NamedTuple):
+    """What 128 bytes of the main loop cost on a card, all SMs together."""
+
+    instructions: float
+    """Warp instructions for 128 bytes."""
+    fewest_instructions: float
+    """Those of a pass that jumps over whatever it can."""
+    budget: float
+    """Warp instructions that the card can issue while its memory delivers 128 bytes."""
+    issue_ns: float
+    fewest_issue_ns: float
+    tensor_ns: float | None
+    """None where the card's rate for a kind of multiplication is not known."""
+    dram_ns: float
+    useful_share: float | None
+    """Of the tensor cores' multiply-accumulates; None if the family does not say, or there are none."""
+
+    @property
+    def binding(self) -> tuple[str, float]:
+        """What takes longest, and how long, ns."""
+        return self._longest(self.issue_ns)
+
+    @property
+    def fewest_binding(self) -> tuple[str, float]:
+        """The same for a pass that jumps over whatever it can."""
+        return self._longest(self.fewest_issue_ns)
+
+    def _longest(self, issue_ns: float) -> tuple[str, float]:
+        times = {"memory": self.dram_ns, "issue slots": issue_ns, "tensor cores": self.tensor_ns or 0.0}
+        return max(times.items(), key=lambda item: item[1])
 
 
-def find_loops(listing: list[tuple[int, str]]) -> list[Loop]:
-    """Loops by their backward branches; two branches to one target are one loop, to the later of them."""
-    ends: dict[int, int] = {}
-    for address, text in listing:
-        target = _target(text)
-        if target is not None and target < address:
-            ends[target] = max(address, ends.get(target, 0))
-    loops = []
-    for start, end in sorted(ends.items()):
-        body = [text for address, text in listing if start <= address <= end]
-        loops.append(Loop(start, end, len(body), sum(bool(_GLOBAL_LOAD.match(text)) for text in body)))
-    return loops
-
-
-def _target(text: str) -> int | None:
-    match = _BRANCH.match(text)
-    return int(match[1], 16) if match and match[1] else None
-
-
-def _within(inner: Loop, outer: Loop) -> bool:
-    return outer.start <= inner.start and inner.end <= outer.end and inner != outer
-
-
-def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip().splitlines()[:1]}")
-    return done.stdout
+def predict(reading: Reading, card: cards.Card) -> Prediction | None:
+    """None where the family does not say what a pass takes in, or the card is incomplete or of another architecture."""
+    loop, kernel = reading.main_loop, reading.kernel
+    if loop is None or not kernel.loop_bytes or not kernel.warps or card.architecture != kernel.architecture:
+        return None
+    if not (card.sms and card.clock and card.tensor and card.bandwidth):
+        return None
+    bytes_taken = kernel.loop_bytes * reading.unrolled
+    scale = kernel.warps * LINE / bytes_taken  # from a warp's pass to 128 bytes
+    issued_per_ns = card.sms * SCHEDULERS * card.clock
+    dram_ns = LINE / card.bandwidth
+    tensor_ns = None
+    if all(kind in card.tensor for kind in loop.macs):
+        clocks = sum(macs / card.tensor[kind] for kind, macs in loop.macs.items())  # of one SM
+        tensor_ns = clocks * scale / (card.sms * card.clock)
+    done = sum(loop.macs.values()) * kernel.warps / reading.unrolled
+    return Prediction(
+        instructions=loop.instructions * scale,
+        fewest_instructions=loop.fewest * scale,
+        budget=issued_per_ns * dram_ns,
+        issue_ns=loop.instructions * scale / issued_per_ns,
+        fewest_issue_ns=loop.fewest * scale / issued_per_ns,
+        tensor_ns=tensor_ns,
+        dram_ns=dram_ns,
+        useful_share=kernel.loop_macs / done if kernel.loop_macs and done else None,
+    )

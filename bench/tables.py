@@ -30,11 +30,14 @@ _HEAD = (
 
 def render(rows: Sequence[dict[str, Any]], form: str) -> str:
     """One of FORMATS, without a newline at the end."""
-    if form == "md":
-        return markdown(rows)
+    return markdown(rows) if form == "md" else encode(rows, list(ROW), form)
+
+
+def encode(rows: Sequence[dict[str, Any]], columns: Sequence[str], form: str) -> str:
+    """ "csv", "json" or "jsonl" of rows that all have these columns."""
     if form == "csv":
         sheet = io.StringIO()
-        writer = csv.DictWriter(sheet, list(ROW), lineterminator="\n")
+        writer = csv.DictWriter(sheet, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
         return sheet.getvalue().rstrip("\n")

@@ -8,8 +8,9 @@ Results go to stdout, progress to stderr.
     gemma4-kernels bench compare a.json b.json         SAME, FAST or SLOW for each row
     gemma4-kernels bench --static                      what compiled kernels say without a GPU
 
-Exit status: 0; 1 a kernel failed its validation and was not timed, or `compare` found a SLOW row; 2 wrong arguments or an
-unreadable record; 3 nothing was timed, or a kernel held and could not be, or the records have no row in common.
+Exit status: 0; 1 a kernel failed its validation and was not timed, `compare` found a SLOW row, or --static could not compile or
+read a kernel; 2 wrong arguments or an unreadable record; 3 nothing was timed or read, or a kernel held and could not be, or the
+records have no row in common.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_kernels.backends import BACKENDS
-from gemma4_kernels.bench import compare, machine, plot, records, running, static, tables
+from gemma4_kernels.bench import cards, compare, machine, plot, records, running, static, static_tables, tables
 from gemma4_kernels.bench.cases import Case, all_cases, parse, select
 from gemma4_kernels.cli.validate import add_selection
 
@@ -40,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
         help="of torch on a CPU; one, the default, is timed by processor time, more by the wall's clock",
     )  # fmt: skip
     parser.add_argument("--no-baselines", action="store_true", help="time this package's kernels only")
-    parser.add_argument("--static", action="store_true", help="read compiled kernels instead of timing them")
+    add_static(parser)
     parser.add_argument("--list", action="store_true", help="print the selected cases, one a line, and stop")
     parser.add_argument("-o", dest="form", choices=tables.FORMATS, default="md", help="form of the table")
     parser.add_argument("--save", metavar="FILE", help="write a record (see bench/records/README.md)")
@@ -58,10 +59,23 @@ def add_parser(subparsers: Any) -> None:
     compared.set_defaults(run=run_compare)
 
 
+def add_static(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("compiled kernels, without a GPU")
+    group.add_argument("--static", action="store_true", help="read compiled kernels instead of timing them")
+    group.add_argument(
+        "--architecture", action="append", choices=static.ARCHITECTURES, metavar="sm_86",
+        help=f"of {', '.join(static.ARCHITECTURES)}; may be repeated, by default all",
+    )  # fmt: skip
+    group.add_argument("--kernel", action="append", metavar="TEXT", help="only kernels with this in their names")
+    group.add_argument(
+        "--card", action="append", choices=(*cards.predictable(), "all"), metavar="NAME",
+        help='predict for this card ("rtx 3090") or for all; by default one card for each architecture',
+    )  # fmt: skip
+
+
 def run(arguments: argparse.Namespace) -> int:
     if arguments.static:
-        print(static.render(static.collect()))
-        return OK
+        return run_static(arguments)
     try:
         device = machine.known_device(arguments.device) if arguments.device else machine.default_device()
         cases = selected(arguments)
@@ -95,6 +109,23 @@ def run(arguments: argparse.Namespace) -> int:
     except (OSError, ImportError, ValueError) as error:
         return _refuse(error)
     return status
+
+
+def run_static(arguments: argparse.Namespace) -> int:
+    chosen = arguments.card or cards.REPRESENTATIVES
+    names = cards.predictable() if "all" in chosen else tuple(dict.fromkeys(chosen))
+    asked = dict.fromkeys(arguments.architecture or static.ARCHITECTURES)
+    found = static.collect(asked, arguments.kernel or ())
+    print(static_tables.render(found, arguments.form, names))
+    if found.failures:
+        # Markdown carries them on stdout already.
+        lines = [] if arguments.form == "md" else found.failures
+        print(*lines, "bench: not every kernel could be compiled and read", sep="\n", file=sys.stderr)
+        return FAILED
+    if arguments.kernel and not found.readings:
+        print(f"bench: no compiled kernel is called {' or '.join(arguments.kernel)}", file=sys.stderr)
+        return NOTHING
+    return OK
 
 
 def show(arguments: argparse.Namespace) -> int:

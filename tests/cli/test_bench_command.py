@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 
 import pytest
 from bench_helpers import SMALL, kernel, record, row, spoiled
@@ -119,6 +121,78 @@ def test_static_says_honestly_that_there_is_nothing(command, monkeypatch):
     answer = command("gemma4-kernels bench --static")
     assert answer.status == 0
     assert "0 compiled kernels." in answer.out
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Compiled kernels without a compiler: two of one family, both for every architecture."""
+    from gemma4_kernels.bench import sass, static
+
+    def provide(architecture):
+        yield static.CompiledKernel("decode", architecture, b"", warps=4, loop_bytes=8192)
+        yield static.LazyKernel("prefill", lambda: static.CompiledKernel("prefill", architecture, b""))
+
+    def read(kernel):
+        copies = sass.Loop(0, 0x90, 10, 10, {}, {16: 4}, 0, {"bf16": 2048}, 1, 0, 0, 0, 0, 0)
+        return [static.Reading(kernel, kernel.name, 40, 0, 0, 0, 20, (copies,))]
+
+    module = types.ModuleType("compiled_kernels")
+    module.provide = provide
+    monkeypatch.setitem(sys.modules, "compiled_kernels", module)
+    monkeypatch.setattr(static, "_providers", {"attention": "compiled_kernels:provide"})
+    monkeypatch.setattr(static, "read", read)
+    monkeypatch.setattr(sass, "cuobjdump", lambda: "cuobjdump")
+    return module
+
+
+def test_static_reads_every_kernel_for_every_architecture(command, compiled):
+    answer = command("gemma4-kernels bench --static")
+    assert (answer.status, answer.err) == (0, "")
+    assert "10 compiled kernels." in answer.out
+    assert [name in answer.out for name in ("rtx 3060", "rtx 4060", "rtx 3090")] == [True, True, False]
+
+
+def test_static_for_some_architectures_kernels_and_cards(command, compiled):
+    arguments = "--architecture sm_86 --architecture sm_90 --kernel dec --card 'rtx 3090' -o json"
+    answer = command(f"gemma4-kernels bench --static {arguments}")
+    found = json.loads(answer.out)
+    assert answer.status == 0
+    assert [(row["kernel"], row["architecture"], row["card"]) for row in found] == [
+        ("decode", "sm_86", "rtx 3090"),
+        ("decode", "sm_90", None),
+    ]
+    every = json.loads(command("gemma4-kernels bench --static --architecture sm_86 --card all -o json").out)
+    assert {row["card"] for row in every} == {"rtx 3060", "rtx 3060 laptop gpu", "rtx 3090", None}
+
+
+@pytest.mark.parametrize("arguments", ["--architecture sm_1", "--card 'rtx 1'", "--card 'apple m1'"])
+def test_static_refuses_what_it_does_not_know(command, compiled, arguments):
+    assert command(f"gemma4-kernels bench --static {arguments}").status == 2
+
+
+def test_static_fails_if_a_kernel_does_not_compile(command, compiled):
+    good = compiled.provide
+
+    def provide(architecture):
+        if architecture == "sm_120":
+            raise RuntimeError("the compiler is on strike")
+        yield from good(architecture)
+
+    compiled.provide = provide
+    answer = command("gemma4-kernels bench --static")
+    assert answer.status == 1
+    assert "8 compiled kernels." in answer.out
+    assert "FAILED attention for sm_120: RuntimeError: the compiler is on strike" in answer.out
+    answer = command("gemma4-kernels bench --static -o csv")
+    assert answer.status == 1
+    assert "strike" not in answer.out
+    assert "attention for sm_120: RuntimeError: the compiler is on strike" in answer.err
+
+
+def test_static_without_a_kernel_of_that_name_is_no_success(command, compiled):
+    answer = command("gemma4-kernels bench --static --kernel nonsense")
+    assert answer.status == 3
+    assert "no compiled kernel is called nonsense" in answer.err
 
 
 def test_a_picture_is_written_beside_the_table(command, tmp_path):
