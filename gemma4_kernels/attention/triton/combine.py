@@ -19,8 +19,8 @@ from torch import Tensor
 
 from gemma4_kernels.attention.triton import tables
 from gemma4_kernels.attention.triton.call import AttentionCall, Card
-from gemma4_kernels.attention.triton.launch import INTERPRETED, Launch, dot_dtype
-from gemma4_kernels.attention.triton.pieces import UNSPECIALISED, chunks_of, log_sum, request_of, rounded
+from gemma4_kernels.attention.triton.launch import INTERPRETED, Launch
+from gemma4_kernels.attention.triton.pieces import UNSPECIALISED, chunks_of, log_sum, request_of, round_to
 from gemma4_kernels.attention.triton.tables import Config
 
 SLOT_BLOCK = 8
@@ -41,7 +41,7 @@ def combine_kernel(
     num_rows, num_slots, capacity, total_rows, total_keys, num_entries, left, right,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGED: tl.constexpr, BLOCKS: tl.constexpr, FREE: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, MIN_CHUNK: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * ROWS, blocks of heads, blocks of columns). A row's chunks are found again as `decode_kernel` found them."""
     b = tl.program_id(0) // num_rows
@@ -54,12 +54,12 @@ def combine_kernel(
     )  # fmt: skip
     if i >= rows:
         return
-    _chunk, _first, count = chunks_of(
-        end - rows + i, start, end, left, right, BLOCKS, FREE, SPLITS, BLOCK_N, MIN_CHUNK
-    )
+    _chunk, _first, count = chunks_of(end - rows + i, start, end, left, right, BLOCKS, FREE, SPLITS, BLOCK_N, MIN_CHUNK)
     count = tl.minimum(count, num_slots)
     is_head = head < HEADS
-    place = (((b.to(tl.int64) * HEADS + head) * num_rows + i) * num_slots)[:, None] + tl.arange(0, BLOCK_S)[None, :]  # (H, S)
+    place = (((b.to(tl.int64) * HEADS + head) * num_rows + i) * num_slots)[:, None] + tl.arange(0, BLOCK_S)[
+        None, :
+    ]  # (H, S)
     slot = tl.zeros([BLOCK_H, BLOCK_S], tl.int32) + tl.arange(0, BLOCK_S)[None, :]
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
     for s in range(0, count, BLOCK_S):
@@ -71,7 +71,9 @@ def combine_kernel(
     result = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     for s in range(0, count, BLOCK_S):
         present = (s + slot < count) & is_head[:, None]
-        weight = tl.exp(tl.load(partial_lse_ptr + place + s, mask=present, other=float("-inf")) - safe[:, None])  # (H, S)
+        weight = tl.exp(
+            tl.load(partial_lse_ptr + place + s, mask=present, other=float("-inf")) - safe[:, None]
+        )  # (H, S)
         part = tl.load(
             partial_ptr + (place + s)[:, :, None] * HEAD_DIM + column[None, None, :],
             mask=present[:, :, None] & (column < HEAD_DIM)[None, None, :], other=0.0,
@@ -82,7 +84,7 @@ def combine_kernel(
     row = (first_row + i).to(tl.int64)
     tl.store(
         out_ptr + b.to(tl.int64) * stride_ob + row * stride_os + head[:, None] * stride_oh + column[None, :],
-        rounded(result, out_ptr.dtype.element_ty, DOT_DTYPE).to(out_ptr.dtype.element_ty),
+        round_to(result, out_ptr.dtype.element_ty),
         mask=is_head[:, None] & (column < HEAD_DIM)[None, :],
     )  # fmt: skip
     lse_place = lse_ptr + b.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + row
@@ -124,6 +126,6 @@ class Splits:
         constants = {
             "HEADS": heads, "HEAD_DIM": call.head_dim, "PAGED": call.table is not None, "BLOCKS": call.ids is not None,
             "FREE": call.free_blocks, "BLOCK_N": config.keys, "BLOCK_H": block_h, "BLOCK_S": SLOT_BLOCK,
-            "BLOCK_D": block_d, "DOT_DTYPE": dot_dtype(call.q.dtype),
+            "BLOCK_D": block_d,
         }  # fmt: skip
         return Launch(combine_kernel, grid, arguments, constants | self.constants(), num_warps=4)

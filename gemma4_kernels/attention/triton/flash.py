@@ -39,10 +39,13 @@ from gemma4_kernels.attention.triton.pieces import (
     last_of_blocks,
     log_sum,
     online_softmax_step,
+    operand,
     own_block,
     page_and_row,
+    plus_product,
     request_of,
-    rounded,
+    round_to,
+    scaled,
     visible,
 )
 from gemma4_kernels.attention.triton.tables import Config
@@ -91,8 +94,8 @@ def _attend(
             scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for c in tl.static_range(CHUNKS):
                 k_turned = tl.trans(k[c].to(DOT_DTYPE))  # (BLOCK_D, N)
-                scores = tl.dot(q[t * CHUNKS + c], k_turned, scores, input_precision="ieee")
-            scores = scores * scale
+                scores = plus_product(scores, q[t * CHUNKS + c], k_turned, scale, DOT_DTYPE)
+            scores = scaled(scores, scale, DOT_DTYPE)
             if SOFTCAP:
                 scores = capped(scores, softcap)
             if BLOCKS:
@@ -101,7 +104,7 @@ def _attend(
                 seen = visible(token[t], own_id[t], keys, ids, end, left, right, BLOCKS, FREE)
                 scores = tl.where(seen, scores, float("-inf"))
             weights, tile_max, tile_sum, rescale = online_softmax_step(scores, running_max[t], running_sum[t])
-            weights = rounded(weights, v_ptr.dtype.element_ty, DOT_DTYPE)  # (M, N)
+            weights = operand(weights, v_ptr.dtype.element_ty, DOT_DTYPE)  # (M, N)
             new_max = new_max + (tile_max,)
             new_sum = new_sum + (tile_sum,)
             for c in tl.static_range(CHUNKS):
@@ -190,9 +193,9 @@ def prefill_kernel(
     out_row = out_ptr + b.to(tl.int64) * stride_ob + row * stride_os + head * stride_oh
     for c in tl.static_range((HEAD_DIM + BLOCK_D - 1) // BLOCK_D):
         here = c * BLOCK_D + column
-        result = rounded(accumulated[c] * inverse[:, None], out_ptr.dtype.element_ty, DOT_DTYPE)
+        result = round_to(accumulated[c] * inverse[:, None], out_ptr.dtype.element_ty)
         mask = is_row[:, None] & (here < HEAD_DIM)[None, :]
-        tl.store(out_row[:, None] + here[None, :], result.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_row[:, None] + here[None, :], result, mask=mask)
     lse = log_sum(running_max[0], total)
     tl.store(lse_ptr + b.to(tl.int64) * stride_lb + head.to(tl.int64) * stride_lh + row, lse, mask=is_row)
 

@@ -37,10 +37,12 @@ from gemma4_kernels.attention.triton.pieces import (
     chunk_size,
     log_sum,
     online_softmax_step,
+    operand,
     page_and_row,
-    rounded,
+    plus_product,
+    round_to,
+    scaled,
 )
-from gemma4_kernels.attention.triton.tables import Config
 
 TURN = tl.constexpr(2.0**64)  # a whole turn as a whole number: products with it drop whole turns by overflowing
 PER_TURN = tl.constexpr(1 / (2 * math.pi))
@@ -130,7 +132,7 @@ def _load_values(row, columns, inside, HALF: tl.constexpr, BLOCK_D: tl.constexpr
 @triton.jit
 def _add_turned(
     scores, tile, q_row, is_row, low, high, columns, weight_ptr, turns_ptr, offsets_ptr,
-    HALF: tl.constexpr, BLOCK_N: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    scale, HALF: tl.constexpr, BLOCK_N: tl.constexpr, DOT_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """scores (M, N) plus the product of queries and keys over the pairs `columns`; low, high (N, BLOCK_D) their values."""
     ELEMENT: tl.constexpr = low.dtype
@@ -139,24 +141,26 @@ def _add_turned(
     cos, sin = cos_sin(tl.zeros_like(turns) + tile, turns)  # (BLOCK_D,)
     q_mask = is_row[:, None] & exists[None, :]
     q_low, q_high = _load_columns(q_row, columns, q_mask), _load_columns(q_row, columns + HALF, q_mask)
-    back_low = rounded(q_low * cos[None, :] + q_high * sin[None, :], ELEMENT, DOT_DTYPE)  # (M, BLOCK_D)
-    back_high = rounded(q_high * cos[None, :] - q_low * sin[None, :], ELEMENT, DOT_DTYPE)
+    back_low = operand(q_low * cos[None, :] + q_high * sin[None, :], ELEMENT, DOT_DTYPE)  # (M, BLOCK_D)
+    back_high = operand(q_high * cos[None, :] - q_low * sin[None, :], ELEMENT, DOT_DTYPE)
     offset_row = offsets_ptr + tl.arange(0, BLOCK_N) * HALF
     cos = _load_columns(offset_row, columns, exists[None, :])  # (N, BLOCK_D)
     sin = _load_columns(offset_row + BLOCK_N * HALF, columns, exists[None, :])
     # The weight of a pair comes before its rotation.
     low = low.to(tl.float32) * tl.load(weight_ptr + columns, mask=exists, other=0.0).to(tl.float32)[None, :]
     high = high.to(tl.float32) * tl.load(weight_ptr + HALF + columns, mask=exists, other=0.0).to(tl.float32)[None, :]
-    ahead_low = rounded(low * cos - high * sin, ELEMENT, DOT_DTYPE)  # (N, BLOCK_D)
-    ahead_high = rounded(high * cos + low * sin, ELEMENT, DOT_DTYPE)
-    scores = tl.dot(back_low, tl.trans(ahead_low), scores, input_precision="ieee")
-    return tl.dot(back_high, tl.trans(ahead_high), scores, input_precision="ieee")
+    ahead_low = operand(low * cos - high * sin, ELEMENT, DOT_DTYPE)  # (N, BLOCK_D)
+    ahead_high = operand(high * cos + low * sin, ELEMENT, DOT_DTYPE)
+    scores = plus_product(scores, back_low, tl.trans(ahead_low), scale, DOT_DTYPE)
+    return plus_product(scores, back_high, tl.trans(ahead_high), scale, DOT_DTYPE)
 
 
 @triton.jit
-def _fold(scores, tile, token, first_token, running_max, running_sum, scale, BLOCK_N: tl.constexpr):
+def _fold(
+    scores, tile, token, first_token, running_max, running_sum, scale, BLOCK_N: tl.constexpr, DOT_DTYPE: tl.constexpr
+):  # fmt: skip
     """Mask and fold a tile of products into the softmax: as `online_softmax_step`."""
-    scores = scores * scale
+    scores = scaled(scores, scale, DOT_DTYPE)
     if tile + BLOCK_N - 1 > first_token:  # the diagonal; a token is a key, so the end of the keys lies beyond it
         keys = tile + tl.arange(0, BLOCK_N)
         scores = tl.where(keys[None, :] <= token[:, None], scores, float("-inf"))
@@ -177,13 +181,13 @@ def _attend(
     BLOCKS: tl.constexpr = (HALF + BLOCK_D - 1) // BLOCK_D
     ELEMENT: tl.constexpr = values_ptr.dtype.element_ty
     folded, accumulated = (), ()
-    for i in tl.static_range(2 * BLOCKS):
+    for _ in tl.static_range(2 * BLOCKS):
         accumulated = accumulated + (tl.zeros([BLOCK_M, BLOCK_D], tl.float32),)
     for i in tl.static_range(2, 2 * BLOCKS):
         here, exists = column[i // 2] + (i % 2) * HALF, column[i // 2] < HALF
         weight = tl.load(weight_ptr + here, mask=exists, other=0.0).to(tl.float32)
         q = _load_columns(q_row, here, is_row[:, None] & exists[None, :])
-        folded = folded + (rounded(q * weight[None, :], ELEMENT, DOT_DTYPE),)  # (M, BLOCK_D)
+        folded = folded + (operand(q * weight[None, :], ELEMENT, DOT_DTYPE),)  # (M, BLOCK_D)
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
     for tile in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
@@ -197,15 +201,15 @@ def _attend(
         scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for i in tl.static_range(2, 2 * BLOCKS):
             v_turned = tl.trans(v[i].to(DOT_DTYPE))  # (BLOCK_D, N)
-            scores = tl.dot(folded[i - 2], v_turned, scores, input_precision="ieee")
+            scores = plus_product(scores, folded[i - 2], v_turned, scale, DOT_DTYPE)
         scores = _add_turned(
             scores, tile, q_row, is_row, v[0], v[1], column[0], weight_ptr, turns_ptr, offsets_ptr,
-            HALF, BLOCK_N, DOT_DTYPE,
+            scale, HALF, BLOCK_N, DOT_DTYPE,
         )  # fmt: skip
         weights, running_max, running_sum, rescale = _fold(
-            scores, tile, token, first_token, running_max, running_sum, scale, BLOCK_N
+            scores, tile, token, first_token, running_max, running_sum, scale, BLOCK_N, DOT_DTYPE
         )
-        weights = rounded(weights, ELEMENT, DOT_DTYPE)  # (M, N)
+        weights = operand(weights, ELEMENT, DOT_DTYPE)  # (M, N)
         new_accumulated = ()
         for i in tl.static_range(2 * BLOCKS):
             kept = accumulated[i] * rescale[:, None]
@@ -225,7 +229,7 @@ def _attend_turning_all(
     that must be right, not fast, and must not take registers from the other."""
     BLOCKS: tl.constexpr = (HALF + BLOCK_D - 1) // BLOCK_D
     accumulated = ()
-    for i in tl.static_range(2 * BLOCKS):
+    for _ in tl.static_range(2 * BLOCKS):
         accumulated = accumulated + (tl.zeros([BLOCK_M, BLOCK_D], tl.float32),)
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -241,12 +245,12 @@ def _attend_turning_all(
             high = _load_values(v_row, columns, inside, HALF, BLOCK_D, 1)
             scores = _add_turned(
                 scores, tile, q_row, is_row, low, high, columns, weight_ptr, turns_ptr, offsets_ptr,
-                HALF, BLOCK_N, DOT_DTYPE,
+                scale, HALF, BLOCK_N, DOT_DTYPE,
             )  # fmt: skip
         weights, running_max, running_sum, rescale = _fold(
-            scores, tile, token, first_token, running_max, running_sum, scale, BLOCK_N
+            scores, tile, token, first_token, running_max, running_sum, scale, BLOCK_N, DOT_DTYPE
         )
-        weights = rounded(weights, values_ptr.dtype.element_ty, DOT_DTYPE)  # (M, N)
+        weights = operand(weights, values_ptr.dtype.element_ty, DOT_DTYPE)  # (M, N)
         new_accumulated = ()
         for i in tl.static_range(2 * BLOCKS):
             values = _load_values(v_row, column[i // 2], inside, HALF, BLOCK_D, i % 2).to(DOT_DTYPE)
@@ -320,10 +324,10 @@ def k_eq_v_prefill_kernel(
     inverse = 1 / tl.where(total == 0, 1.0, total)
     out_row = out_ptr + b * stride_ob + row * stride_os + head * stride_oh
     for i in tl.static_range(2 * ((HALF + BLOCK_D - 1) // BLOCK_D)):
-        result = rounded(accumulated[i] * inverse[:, None], out_ptr.dtype.element_ty, DOT_DTYPE)
+        result = round_to(accumulated[i] * inverse[:, None], out_ptr.dtype.element_ty)
         here = column[i // 2]
         where = out_row[:, None] + (here + (i % 2) * HALF)[None, :]
-        tl.store(where, result.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & (here < HALF)[None, :])
+        tl.store(where, result, mask=is_row[:, None] & (here < HALF)[None, :])
     lse = log_sum(running_max, total)
     tl.store(lse_ptr + b * stride_lb + head.to(tl.int64) * stride_lh + row, lse, mask=is_row)
 

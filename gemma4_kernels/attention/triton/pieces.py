@@ -12,6 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gemma4_kernels.attention.triton.launch import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
 # Farther than any two positions, and far enough from 2**31 that sums of positions and distances do not overflow.
 NO_LIMIT = 1 << 29
 
@@ -146,16 +150,54 @@ def first_of_blocks(ids_ptr, own_id, start, before, SCAN: tl.constexpr):
 
 
 @triton.jit
-def rounded(x, DTYPE: tl.constexpr, HELD: tl.constexpr):
-    """fp32 x rounded to the nearest number of DTYPE, even on a tie, and held as HELD.
+def to_fp32(x):
+    """Exact. The interpreter's own conversion of bf16 is wrong for subnormals, so there the bits are moved by hand."""
+    if _INTERPRETED and x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
 
-    Triton's interpreter cuts bf16 off where hardware rounds: there, where bf16 is held as fp32, it is done on the bits.
-    """
-    if DTYPE == tl.bfloat16 and HELD == tl.float32:
+
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr):
+    """fp32 to the nearest number of DTYPE, ties to even. The interpreter cuts bf16 off instead of rounding it."""
+    if _INTERPRETED and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + (0x7FFF + ((bits >> 16) & 1))) & 0xFFFF0000
-        return bits.to(tl.float32, bitcast=True)
-    return x.to(DTYPE).to(HELD)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        quiet_nan = (bits >> 16) | 0x40  # rounding could carry a NaN's bits into infinity
+        return tl.where(x != x, quiet_nan, nearest).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def operand(x, DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr):
+    """fp32 x rounded to DTYPE, as a product takes it."""
+    if DOT_DTYPE == tl.float32:
+        return to_fp32(round_to(x, DTYPE))
+    else:
+        return round_to(x, DTYPE)
+
+
+@triton.jit
+def plus_product(scores, a, b, scale, DOT_DTYPE: tl.constexpr):
+    """scores (M, N) plus a (M, C) times b (C, N); `scaled` brings in the scale.
+
+    fp32 is multiplied on ordinary cores, where a sum is rounded once a column. Chunks of columns are summed by themselves,
+    which keeps the chains short; the scale stands between, or the compiler would join them again.
+    """
+    if DOT_DTYPE == tl.float32:
+        return scores + tl.dot(a, b, input_precision="ieee") * scale
+    else:
+        return tl.dot(a, b, scores)
+
+
+@triton.jit
+def scaled(scores, scale, DOT_DTYPE: tl.constexpr):
+    if DOT_DTYPE == tl.float32:
+        return scores
+    else:
+        return scores * scale
 
 
 # Softmax ------------------------------------------------------------------------------------------------------------

@@ -12,9 +12,6 @@ once, and of the rotation each product and the sum. Multiply-adds are not fused 
 lose the rounding of a product. What may still differ from PyTorch is the order of the sum of squares.
 """
 
-# Kernels are Triton's language; their parameters have no Python types.
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-
 from __future__ import annotations
 
 import torch
@@ -22,9 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma4_kernels.attention.triton.launch import INTERPRETED, Launch
-
-_INTERPRETED = tl.constexpr(INTERPRETED)
+from gemma4_kernels.attention.triton.launch import Launch
+from gemma4_kernels.attention.triton.pieces import round_to, to_fp32
 
 # Numbers of a half-head tile: eight for each of 128 threads, 16 bytes of bf16. At head_dim 256 and 512 a head then lies
 # within one warp, and its sum of squares needs no shared memory.
@@ -32,34 +28,10 @@ TILE_NUMBERS = 1024
 NUM_WARPS = 4
 
 
-# Roundings ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _to_fp32(x):
-    """Exact. The interpreter's own conversion of bf16 is wrong for subnormals, so there the bits are moved by hand."""
-    if _INTERPRETED and x.dtype == tl.bfloat16:
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def _round_to(x, DTYPE: tl.constexpr):
-    """fp32 to the nearest number of DTYPE, ties to even. The interpreter cuts bf16 off instead of rounding it."""
-    if _INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300 (DTYPE is the variable)
-        bits = x.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        quiet_nan = (bits >> 16) | 0x40  # rounding could carry a NaN's bits into infinity
-        return tl.where(x != x, quiet_nan, nearest).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(DTYPE)
-
-
 @triton.jit
 def _rounded(x, DTYPE: tl.constexpr):
     """x (fp32) after a rounding to DTYPE, still as fp32."""
-    return _to_fp32(_round_to(x, DTYPE))
+    return to_fp32(round_to(x, DTYPE))
 
 
 # One head, as its halves --------------------------------------------------------------------------------------------
@@ -70,13 +42,13 @@ def _load_halves(ptrs, mask, HEAD_DIM: tl.constexpr):
     """The two halves of what stands at ptrs, as fp32."""
     low = tl.load(ptrs, mask=mask, other=0.0)
     high = tl.load(ptrs + HEAD_DIM // 2, mask=mask, other=0.0)
-    return _to_fp32(low), _to_fp32(high)
+    return to_fp32(low), to_fp32(high)
 
 
 @triton.jit
 def _store_halves(ptrs, low, high, mask, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr):
-    tl.store(ptrs, _round_to(low, DTYPE), mask=mask)
-    tl.store(ptrs + HEAD_DIM // 2, _round_to(high, DTYPE), mask=mask)
+    tl.store(ptrs, round_to(low, DTYPE), mask=mask)
+    tl.store(ptrs + HEAD_DIM // 2, round_to(high, DTYPE), mask=mask)
 
 
 @triton.jit

@@ -83,25 +83,27 @@ def stages(config: Config, indirect: bool) -> int:
 
 
 # Rows: the largest head_dim, and the configuration for it. Registers and spills named here are those of sm_86.
+#
+# Triton divides the first of two chained products among the warps by rows, unless a tile has more keys than rows: with
+# fewer than 16 rows a warp, some warps repeat the scores of others. So tiles are tall enough, or wider than tall.
 _PREFILL = (
-    (64, Config(128, 64, 64, 4, 3, "four warps of 32 rows; 64 keys in two buffers; registers are full (255), none spilled")),
-    (128, Config(128, 32, 64, 8, 3, "64 keys would fill the registers; 32 leave two buffers and two blocks a multiprocessor")),
-    (256, Config(64, 32, 128, 8, 2, "64 rows of 256 columns in fp32 are half of the registers; 128 rows spill")),
-    (512, Config(32, 32, 64, 8, 2, "keys, values and queries of 512 columns: 100,480 bytes of 101,376 with one buffer each")),
-)  # fmt: skip
+    (64, Config(128, 64, 64, 4, 3, "four warps of 32 rows; registers are full (255), none spilled")),
+    (128, Config(128, 32, 64, 8, 3, "64 keys would fill the registers; 32 leave two buffers and two blocks an SM")),
+    (256, Config(32, 64, 128, 8, 2, "wider than tall: eight warps share out the keys; 64 or 128 rows that do spill")),
+    (512, Config(16, 32, 64, 4, 2, "32 keys and values of 512 columns leave room for 16 rows and one buffer of each")),
+)
 _DECODE = (
     (128, Config(16, 64, 64, 4, 3, "short rows: 64 keys to a tile keep the loads long", tiles=2)),
     (256, Config(16, 32, 64, 4, 3, "two buffers of keys and values; both tiles of 16 rows of a group of 2", tiles=2)),
-    (512, Config(16, 16, 64, 4, 3, "16 keys: with 32 there would be room for one buffer only")),
+    (512, Config(16, 16, 64, 4, 3, "two buffers; with 32 keys there would be room for one")),
 )
-_K_EQ_V_PREFILL = (
-    (512, Config(32, 32, 64, 8, 2, "one tile of values serves both products, so it needs no second buffer to fill the "
-                 "tensor cores; 64 rows spill")),
-)  # fmt: skip
-_K_EQ_V_DECODE = (
-    (512, Config(16, 32, 64, 4, 3, "two buffers of 32 keys; 8 warps would compute the scores of 32 keys twice. At 512 "
-                 "columns 14 words of what the loop does not use are parked outside it (64 bytes of stack; no local "
-                 "memory inside the loop); the test of budgets looks there")),
+_K_EQ_V_SPILL = (
+    "at 512 columns up to 16 words that the loop does not use wait in local memory until it ends: 64 bytes of stack, "
+    "and no access inside the loop, which the test of budgets sees in the machine code"
+)
+_K_EQ_V = (
+    (512, Config(16, 32, 64, 4, 3, "two buffers of 32 keys that serve both products; 32 rows would need eight warps, "
+                 "which repeat the scores; " + _K_EQ_V_SPILL)),
 )  # fmt: skip
 _K_EQ_V_ANY = ((512, Config(16, 32, 64, 4, 1, "any pairs rotate: never in a Gemma, so small and free of spills")),)
 # Products of fp32 run on the ordinary cores, without rounding to tf32: for tests, and for whoever asks for fp32.
@@ -110,35 +112,30 @@ _FP32 = ((512, Config(16, 16, 64, 8, 1, "98,304 bytes at 512 columns, one buffer
 KERNELS = {
     "prefill": _PREFILL,
     "decode": _DECODE,
-    "k_eq_v prefill": _K_EQ_V_PREFILL,
-    "k_eq_v decode": _K_EQ_V_DECODE,
+    "k_eq_v prefill": _K_EQ_V,
+    "k_eq_v decode": _K_EQ_V,
     "k_eq_v prefill, any pairs": _K_EQ_V_ANY,
     "k_eq_v decode, any pairs": _K_EQ_V_ANY,
 }
 # What differs on cards with more shared memory.
 _DATACENTER_ROWS = {
-    "prefill": (
-        *_PREFILL[:3],
-        (512, Config(32, 32, 64, 8, 3, "as on small cards, with room for two buffers")),
-    ),
-    "decode": (
-        *_DECODE[:2],
-        (512, Config(16, 32, 64, 4, 3, "146 KiB: two buffers of 32 keys")),
-    ),
-    "k_eq_v prefill": ((512, Config(32, 32, 64, 8, 3, "as on small cards, with room for two buffers")),),
+    "prefill": (*_PREFILL[:3], (512, Config(16, 32, 64, 4, 3, "as on small cards, with a second buffer of each"))),
+    "decode": (*_DECODE[:2], (512, Config(16, 32, 64, 4, 3, "two buffers of 32 keys and values: 146 KiB"))),
 }
-# The interpreter pays for operations, not for numbers: wide products, tiles of 32 keys at least, and blocks of pairs that
-# still make two of 512.
-_INTERPRETED_COLUMNS = {"prefill": 256, "decode": 256}
+
+
+def _interpreted(kernel: str, config: Config) -> Config:
+    """The interpreter pays for operations, not for numbers: tiles of 64 rows in prefill and 32 keys at least, and chunks of
+    columns that still make four, or four blocks of pairs, of 512."""
+    rows = config.rows if "decode" in kernel else max(64, config.rows)
+    return replace(config, rows=rows, keys=max(32, config.keys), columns=64 if kernel.startswith("k_eq_v") else 128)
+
 
 TABLE: dict[tuple[str, str, int], tuple[tuple[int, Config], ...]] = {}
 for _kernel, _rows in KERNELS.items():
     TABLE[_kernel, "consumer", 2] = _rows
     TABLE[_kernel, "datacenter", 2] = _DATACENTER_ROWS.get(_kernel, _rows)
-    _wide = _INTERPRETED_COLUMNS.get(_kernel, 128)
     for _size in (2, 4):
-        TABLE[_kernel, "interpreter", _size] = tuple(
-            (most, replace(config, columns=_wide, keys=max(32, config.keys))) for most, config in _rows
-        )
+        TABLE[_kernel, "interpreter", _size] = tuple((most, _interpreted(_kernel, config)) for most, config in _rows)
     for _kind in SHARED_BYTES:
         TABLE[_kernel, _kind, 4] = _FP32
