@@ -97,7 +97,7 @@ def launches(architecture: str, dtype: torch.dtype = torch.bfloat16) -> Iterator
     yield "append d256", append.plan(cache, cache, cache[:, :1], cache[:, :1], lengths, None, None), shape
 
 
-def _compile(name: str, launch: Launch, shape: Shape, architecture: str) -> CompiledKernel:
+def compile_launch(name: str, launch: Launch, shape: Shape, architecture: str) -> CompiledKernel:
     done = launch.compile(architecture)
     sizes = {}
     keys = launch.constants.get("BLOCK_N")
@@ -120,4 +120,4 @@ def _compile(name: str, launch: Launch, shape: Shape, architecture: str) -> Comp
 def provide(architecture: str) -> Iterator[LazyKernel]:
     """For `bench --static`."""
     for name, launch, shape in launches(architecture):
-        yield LazyKernel(name, partial(_compile, name, launch, shape, architecture))
+        yield LazyKernel(name, partial(compile_launch, name, launch, shape, architecture))
