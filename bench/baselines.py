@@ -1,7 +1,9 @@
 """Other people's attention on the inputs of a case: what the same call costs without this package.
 
-    sdpa          torch.nn.functional.scaled_dot_product_attention
-    transformers  Gemma 4's eager attention, the code of transformers' own model
+    sdpa            torch.nn.functional.scaled_dot_product_attention
+    transformers    Gemma 4's eager attention, the code of transformers' own model
+    flex_attention  torch.nn.attention.flex_attention, compiled; on CUDA devices
+    split_kv        this package's own attention on keys and values stored side by side, for K-equals-V calls
 
 A baseline is prepared outside the clock (masks, keys of a K-equals-V layer, which everyone else caches beside the values)
 and then runs alone. It gives `out` and no lse. Where there is none the reason is a sentence.
@@ -18,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gemma4_kernels import reference
+from gemma4_kernels import flash_attn_func, reference
 
 Baseline = Callable[[], Tensor]
 
-NAMES = ("sdpa", "transformers")
+NAMES = ("sdpa", "transformers", "flex_attention", "split_kv")
 # Both stand on whole masks, transformers on whole score matrices: 1 GiB of a 2-byte dtype at most.
 MAX_SCORES = 1 << 29
 # Above this head_dim, SDPA with enable_gqa takes the slowest of its paths; with heads repeated beforehand it does not.
@@ -30,7 +32,7 @@ GQA_HEAD_DIM = 256
 
 
 def attention(op: str, made: dict[str, Any]) -> dict[str, Baseline | str]:
-    """The baselines of one attention call: name -> ready to run, or why not.
+    """The baselines of one attention call: name -> ready to run, or why not; one that this kind of call has not is absent.
 
     Args:
         op: name of the public function.
@@ -51,8 +53,15 @@ def attention(op: str, made: dict[str, Any]) -> dict[str, Baseline | str]:
     if q.shape[1] == 1 and window[1] == 0 and 0 <= window[0] < k.shape[1] - 1:
         # One row at the end of its window: the keys that it sees are a slice, and nobody would send a mask.
         k, v, window = k[:, -window[0] - 1 :], v[:, -window[0] - 1 :], (-1, 0)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, D), as both want it
-    return {"sdpa": _sdpa(q, k, v, window, scale), "transformers": _transformers(q, k, v, window, scale)}
+    found: dict[str, Baseline | str] = {}
+    if op == "k_eq_v_attention":
+        found["split_kv"] = _split_kv(q, k, v, scale)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, D), as the others want it
+    if q.device.type == "cuda":  # elsewhere its first call needs a C++ compiler
+        found["flex_attention"] = _flex_attention(q, k, v, window, scale)
+    found["sdpa"] = _sdpa(q, k, v, window, scale)
+    found["transformers"] = _transformers(q, k, v, window, scale)
+    return found
 
 
 def _beyond_the_baselines(op: str, made: dict[str, Any]) -> str | None:
@@ -102,6 +111,37 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], scale: float
         out = functional.scaled_dot_product_attention(
             q, keys_, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
         )
+        return out.transpose(1, 2)
+
+    return run
+
+
+def _split_kv(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Baseline:
+    """q (B, Sq, Hq, D), k, v (B, Sk, Hkv, D): the same tokens from a cache of twice the bytes."""
+
+    def run() -> Tensor:
+        out = flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+        assert isinstance(out, Tensor)  # without return_lse
+        return out
+
+    return run
+
+
+def _flex_attention(q: Tensor, k: Tensor, v: Tensor, window: tuple[int, int], scale: float) -> Baseline:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    rows, keys, (left, right) = q.shape[2], k.shape[2], window
+
+    def seen(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        token = row + (keys - rows)
+        inside = key >= token - left if left >= 0 else key >= 0
+        return inside & (key <= token + right) if right >= 0 else inside
+
+    mask = create_block_mask(seen, None, None, rows, keys, device=q.device)
+    attend = torch.compile(flex_attention, dynamic=False)
+
+    def run() -> Tensor:
+        out: Tensor = attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)
 
     return run

@@ -157,7 +157,7 @@ CASES = [
 @pytest.mark.parametrize("name", baselines.NAMES)
 def test_a_baseline_computes_the_same(case, name):
     made = case.inputs()
-    ready = case.baselines(made)[name]
+    ready = case.baselines(made).get(name, "not a baseline of this call, or of this device")
     if isinstance(ready, str):
         pytest.skip(ready)
     expected, plain = case.reference(made)[0], case.plain(made)[0]

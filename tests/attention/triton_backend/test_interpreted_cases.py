@@ -19,13 +19,14 @@ CPU = torch.device("cpu")
 
 
 def narrowed(case: AttentionCase) -> AttentionCase:
-    """At most two KV heads, with their groups, and half or a quarter of the widest heads: what is left out are programs that
-    differ by an offset, and chunks of columns, of which the cases tagged "quick" keep all."""
-    heads = min(case.hkv, 2)
-    dim = case.d
-    if "quick" not in case.tags and dim in (256, 512):
-        dim = 256 if case.op == "k_eq_v_attention" else 64
-    return replace(case, hkv=heads, hq=case.hq // case.hkv * heads, d=dim)
+    """At most two KV heads with at most four query heads each, and half or a quarter of the widest heads. What is left out are
+    programs that differ by an offset, and chunks of columns; the cases tagged "quick" keep their groups and head dims."""
+    heads, group, dim = min(case.hkv, 2), case.hq // case.hkv, case.d
+    if "quick" not in case.tags:
+        group = min(group, 4)
+        if dim in (256, 512):
+            dim = 256 if case.op == "k_eq_v_attention" else 64
+    return replace(case, hkv=heads, hq=group * heads, d=dim)
 
 
 def cases() -> list[AttentionCase]:
