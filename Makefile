@@ -15,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint bench speed gpu-check clean
+.PHONY: setup demo test test-plain test-interpreted lint bench speed gpu-check clean
 
 setup: $(READY)
 
@@ -40,8 +40,15 @@ lint: $(READY)
 demo: $(READY)
 	$(BIN)/python examples/write_text.py
 
+# Triton's kernels are compiled in one process and interpreted in another: which of the two is settled when Triton is imported.
 test: $(READY)
+	$(MAKE) --jobs=2 --output-sync=target test-plain test-interpreted
+
+test-plain: $(READY)
 	$(BIN)/python -m pytest
+
+test-interpreted: $(READY)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attention/triton_backend
 
 bench: $(READY)
 	$(BIN)/gemma4-kernels bench --quick
