@@ -100,8 +100,8 @@ def launches(architecture: str, dtype: torch.dtype = torch.bfloat16) -> Iterator
 def compile_launch(name: str, launch: Launch, shape: Shape, architecture: str) -> CompiledKernel:
     done = launch.compile(architecture)
     sizes = {}
-    keys = launch.constants.get("BLOCK_N")
     if "BLOCK_M" in launch.constants:  # it walks over keys
+        keys: int = launch.constants["BLOCK_N"]
         caches = 1 if shape.kernel.startswith("k_eq_v") else 2
         packed = shape.rows * shape.heads // shape.kv_heads
         tile = launch.constants.get("TILES", 1) * launch.constants["BLOCK_M"]

@@ -68,8 +68,8 @@ def append_kv(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor, cache_batch_idx: Tensor | None,
     block_table: Tensor | None,
 ) -> None:  # fmt: skip
-    lengths, entry, table = _dense(cache_seqlens), _dense(cache_batch_idx), _dense(block_table)
-    append.plan(k_cache, v_cache, k, v, lengths, entry, table).run()
+    entry, table = _dense(cache_batch_idx), _dense(block_table)
+    append.plan(k_cache, v_cache, k, v, cache_seqlens.contiguous(), entry, table).run()
 
 
 def k_eq_v_attention(
