@@ -1,4 +1,4 @@
-"""Fused kernels for Gemma 4: attention to head_dim 512, K-equals-V from a V-only cache, image blocks.
+"""Fused kernels for Gemma 4: attention to head_dim 512, K-equals-V from a V-only cache, image blocks, quantised weights.
 
 Importing this imports neither Triton nor a compiled module nor transformers; each is loaded at its first use.
 """
@@ -11,8 +11,17 @@ from gemma4_kernels.attention.api import (
     k_eq_v_attention,
 )
 from gemma4_kernels.backends import explain, use_backend
-from gemma4_kernels.checks import BackendError, DeviceError, DTypeError, ShapeError, StrideError
+from gemma4_kernels.checks import (
+    BackendError,
+    DeviceError,
+    DTypeError,
+    FormatError,
+    ShapeError,
+    StrideError,
+    WeightFileError,
+)
 from gemma4_kernels.geometry import GEMMA4_12B, GEMMA4_12B_DRAFTER
+from gemma4_kernels.linear.weight import QuantizedWeight
 
 __all__ = [
     "GEMMA4_12B",
@@ -20,8 +29,11 @@ __all__ = [
     "BackendError",
     "DTypeError",
     "DeviceError",
+    "FormatError",
+    "QuantizedWeight",
     "ShapeError",
     "StrideError",
+    "WeightFileError",
     "__version__",
     "explain",
     "flash_attn_func",

@@ -1,0 +1,130 @@
+"""QuantizedWeight itself: bit order, rounding, saving, moving, refusing."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from linear_helpers import GGUF_BLOCKS, bitsandbytes_layer, compressed_tensors_layer, gguf_rows, gptq_layer
+
+from gemma4_kernels import DTypeError, QuantizedWeight, ShapeError, StrideError, WeightFileError
+from gemma4_kernels.linear import planes
+
+
+def some_weights() -> list[QuantizedWeight]:
+    """One of each scheme of GGUF, one with columns in another order, one with nested scales."""
+    found = [
+        QuantizedWeight.from_gguf(torch.from_numpy(gguf_rows(name, 5, 256)), name, (5, 256), name=f"blk.0.{name}")
+        for name in GGUF_BLOCKS
+    ]
+    found.append(QuantizedWeight.from_gptq(**gptq_layer(8, 128, 32, act_order=True).tensors))
+    found.append(QuantizedWeight.from_bitsandbytes(**bitsandbytes_layer(4, 128, nested=True).tensors))
+    return found
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_even_codes_fill_the_low_half_of_a_word_and_odd_codes_the_high_half(bits):
+    codes = torch.randint(0, 1 << bits, (3, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    words = planes.pack(codes, bits)
+    per_word = 32 // bits
+    for n in range(3):
+        for k in range(96):
+            word, place = divmod(k, per_word)
+            bit = 16 * (place % 2) + bits * (place // 2)
+            assert int(words[n, word]) >> bit & ((1 << bits) - 1) == int(codes[n, k])
+    assert torch.equal(planes.unpack(words, bits), codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes_are_the_fp32_values_rounded_once(dtype):
+    for weight in some_weights():
+        assert torch.equal(weight.dequantize(dtype), weight.dequantize().to(dtype))
+
+
+def test_a_weight_comes_back_from_its_file_bit_for_bit(tmp_path):
+    for weight in some_weights():
+        weight.save(tmp_path / "w.safetensors")
+        again = QuantizedWeight.load(tmp_path / "w.safetensors")
+        assert repr(again) == repr(weight)
+        assert again.tensors().keys() == weight.tensors().keys()
+        for name, tensor in weight.tensors().items():
+            assert again.tensors()[name].dtype == tensor.dtype
+            assert torch.equal(again.tensors()[name].view(torch.uint8), tensor.view(torch.uint8))
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_the_safetensors_library_reads_what_is_saved(tmp_path):
+    library = pytest.importorskip("safetensors.torch")
+    weight = some_weights()[0]
+    weight.save(tmp_path / "w.safetensors")
+    read = library.load_file(tmp_path / "w.safetensors")
+    assert read.keys() == weight.tensors().keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in weight.tensors().items())
+
+
+def test_pickles_are_never_loaded(tmp_path):
+    torch.save({"w": torch.zeros(3)}, tmp_path / "w.pt")
+    (tmp_path / "w.bin").write_bytes(pickle.dumps({"w": 3}))
+    for name in ("w.pt", "w.bin"):
+        with pytest.raises(WeightFileError, match="is a pickle"):
+            QuantizedWeight.load(tmp_path / name)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    from gemma4_kernels.linear import safetensors_file
+
+    path = tmp_path / "w.safetensors"
+    safetensors_file.write(path, {"w": torch.zeros(3)}, {})
+    with pytest.raises(WeightFileError, match="was not written by QuantizedWeight"):
+        QuantizedWeight.load(path)
+    weight = some_weights()[0]
+    good = {
+        "format": "gemma4_kernels.QuantizedWeight", "version": "1", "scheme": "Q4_0", "rows": "5", "columns": "256",
+        "group_size": "32",
+    }  # fmt: skip
+    safetensors_file.write(path, weight.tensors(), good)
+    QuantizedWeight.load(path)
+    for change in ({"version": "2"}, {"scheme": "Q9"}, {"rows": "-1"}, {"rows": "\u0665"}, {"columns": "9" * 30}):
+        safetensors_file.write(path, weight.tensors(), good | change)
+        with pytest.raises(WeightFileError):
+            QuantizedWeight.load(path)
+    safetensors_file.write(path, weight.tensors(), good | {"rows": "6"})
+    with pytest.raises(ShapeError, match=r"codes must have shape \(6, 32\)"):
+        QuantizedWeight.load(path)
+
+
+def test_moving_to_where_it_is_returns_itself():
+    weight = some_weights()[0]
+    assert weight.to("cpu") is weight
+    there = weight.to("meta")
+    assert there.device.type == "meta"
+    assert there.nbytes == weight.nbytes
+
+
+def test_fields_that_do_not_fit_the_scheme_are_refused():
+    weight = next(found for found in some_weights() if found.scheme == "Q4_0")
+    with pytest.raises(ValueError, match="scheme must be one of Q4_0"):
+        replace(weight, scheme="Q9")
+    with pytest.raises(ValueError, match="Q4_1 has codes, scales, offsets, got codes, scales"):
+        replace(weight, scheme="Q4_1")
+    with pytest.raises(ShapeError, match=r"scales must have shape \(5, 8\), got \(5, 7\)"):
+        replace(weight, scales=weight.scales[:, :7].contiguous())
+    with pytest.raises(DTypeError, match="scales must be float16, got float32"):
+        replace(weight, scales=weight.scales.float())
+    with pytest.raises(StrideError, match="codes must be contiguous"):
+        replace(weight, codes=torch.zeros(32, 5, dtype=torch.int32).T)
+    with pytest.raises(ShapeError, match="groups of Q4_0 have 32 columns, got 64"):
+        replace(weight, group_size=64)
+    with pytest.raises(DTypeError, match="dtype must be bfloat16, float16 or float32"):
+        weight.dequantize(torch.int8)
+
+
+def test_what_it_prints_tells_name_scheme_sizes_and_bits():
+    weight = QuantizedWeight.from_compressed_tensors(
+        **compressed_tensors_layer(8, 128, 32).tensors, group_size=32, name="layers.0.mlp.up_proj"
+    )
+    assert repr(weight) == (
+        "QuantizedWeight('layers.0.mlp.up_proj', W4A16, 8 x 128, groups of 32, 4.500 bits a weight, cpu)"
+    )
