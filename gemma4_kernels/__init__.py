@@ -21,6 +21,7 @@ from gemma4_kernels.checks import (
     WeightFileError,
 )
 from gemma4_kernels.geometry import GEMMA4_12B, GEMMA4_12B_DRAFTER
+from gemma4_kernels.linear.files import open_weights
 from gemma4_kernels.linear.weight import QuantizedWeight
 
 __all__ = [
@@ -40,5 +41,6 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
     "k_eq_v_attention",
+    "open_weights",
     "use_backend",
 ]

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def requested_backend() -> str | None:
     """GEMMA4_BACKEND: the backend to use for every op; unset, empty or "auto" leaves the choice to the package."""
     value = os.environ.get("GEMMA4_BACKEND", "").strip().lower()
     return None if value in ("", "auto") else value
+
+
+def ollama_models() -> Path | None:
+    """OLLAMA_MODELS: the folder where Ollama keeps its models, as Ollama itself reads it; None where it is not set."""
+    value = os.environ.get("OLLAMA_MODELS", "").strip()
+    return Path(value) if value else None

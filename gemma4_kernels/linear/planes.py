@@ -27,7 +27,7 @@ ROWS_BYTES = 1 << 18
 def pack(codes: Tensor, bits: int) -> Tensor:
     """codes (N, K) uint8, each below 2**bits, as int32 (N, K * bits / 32); bits is 1, 2 or 4."""
     N = codes.shape[0]
-    eight = codes.contiguous().view(torch.int64)  # (N, K/8), a code to a byte
+    eight = dense(codes).view(torch.int64)  # (N, K/8), a code to a byte
     even, odd = _close_up(eight, bits), _close_up(eight >> 8, bits)
     fours = even | (odd << 16)  # each half holds four codes, in its lowest bits
     parts = fours.view(N, -1, 4 // bits)  # (N, words, eights of a word)
@@ -94,6 +94,16 @@ def by_rows(num_rows: int, row_bytes: int, convert: Callable[[int, int], dict[st
         for name, tensor in part.items():
             whole[name][first:last] = tensor
     return whole
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Contiguous, with stride 1 in the last dim even where that has a single element, of which torch asks no stride."""
+    return tensor.is_contiguous() and (tensor.dim() == 0 or tensor.stride(-1) == 1)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor itself if it is dense, else a copy that is."""
+    return tensor if is_dense(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def nibbles(packed: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ class QuantizedWeight:
         for name, (shape, dtypes) in expected.items():
             checks.has_shape(CLASS, name, present[name], shape)
             checks.has_dtype(CLASS, name, present[name], dtypes)
-            if not present[name].is_contiguous():
+            if not planes.is_dense(present[name]):
                 raise checks.StrideError(f"{CLASS}: {name} must be contiguous, got strides {present[name].stride()}")
         if self.offsets is not None:
             checks.has_dtype(CLASS, "offsets", self.offsets, (self.scales.dtype,))
@@ -221,7 +221,7 @@ class QuantizedWeight:
 
     @classmethod
     def _made(cls, parts: Parts, name: str) -> QuantizedWeight:
-        tensors = {field: tensor.contiguous() for field, tensor in parts.tensors.items()}
+        tensors = {field: planes.dense(tensor) for field, tensor in parts.tensors.items()}
         return cls(parts.scheme, parts.shape, parts.group_size, name=name, **tensors)  # type: ignore[arg-type]
 
     # What it is -----------------------------------------------------------------------------------------------------

@@ -128,3 +128,15 @@ def test_what_it_prints_tells_name_scheme_sizes_and_bits():
     assert repr(weight) == (
         "QuantizedWeight('layers.0.mlp.up_proj', W4A16, 8 x 128, groups of 32, 4.500 bits a weight, cpu)"
     )
+
+
+def test_a_single_group_a_row_is_dense_too(tmp_path):
+    """A transposed matrix of one column calls itself contiguous whatever its strides are."""
+    for weight in (
+        QuantizedWeight.from_gptq(**gptq_layer(8, 64, 64).tensors),
+        QuantizedWeight.from_compressed_tensors(
+            **compressed_tensors_layer(8, 64, 64, symmetric=False).tensors, group_size=64
+        ),
+    ):
+        assert all(tensor.stride(-1) == 1 for tensor in weight.tensors().values())
+        weight.save(tmp_path / "w.safetensors")

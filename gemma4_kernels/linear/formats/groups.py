@@ -11,7 +11,7 @@ from gemma4_kernels.linear import planes
 
 def nibbles_in_order(words: Tensor) -> Tensor:
     """int32 (N, W), the first of 8 codes in the lowest bits of each word, as uint8 (N, 8 * W)."""
-    packed = words.contiguous().view(torch.uint8)  # (N, 4 * W)
+    packed = planes.dense(words).view(torch.uint8)  # (N, 4 * W)
     return torch.stack(planes.nibbles(packed), dim=2).flatten(1)
 
 
