@@ -73,8 +73,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > min(size - 8, MAX_HEADER):
             raise WeightFileError(f"{path}: not a safetensors file: a header of {length} bytes in a file of {size}")
-        raw = file.read(length)
-    described = parse_json(raw, f"{path}: header", size)
+        _check_json_size(length, f"{path}: header", size)
+        described = parse_json(file.read(length), f"{path}: header")
     metadata = described.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise WeightFileError(f"{path}: __metadata__ must map names to strings")
@@ -83,10 +83,21 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return Header(entries, metadata)
 
 
-def parse_json(raw: bytes, where: str, described_bytes: int) -> dict[str, Any]:
-    """A JSON object that describes that many bytes of file. Raises WeightFileError, with `where` in front."""
-    if len(raw) > max(FREE_JSON, described_bytes // JSON_GROWTH):
-        raise WeightFileError(f"{where} has {len(raw)} bytes of JSON for {described_bytes} bytes of tensors")
+def read_json(path: Path, described_bytes: int = 0) -> dict[str, Any]:
+    """A file that is a JSON object, beside files of that many bytes. Raises WeightFileError, OSError."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        _check_json_size(size, str(path), described_bytes)
+        return parse_json(file.read(size), str(path))
+
+
+def _check_json_size(size: int, where: str, described_bytes: int) -> None:
+    if size > max(FREE_JSON, described_bytes // JSON_GROWTH):
+        raise WeightFileError(f"{where} has {size} bytes of JSON for {described_bytes} bytes of tensors")
+
+
+def parse_json(raw: bytes, where: str) -> dict[str, Any]:
+    """A JSON object. Raises WeightFileError, with `where` in front."""
     try:
         parsed = json.loads(raw, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError

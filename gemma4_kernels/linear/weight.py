@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels import checks
-from gemma4_kernels.checks import DTypeError
+from gemma4_kernels.checks import DTypeError, WeightFileError
 from gemma4_kernels.linear import planes, quantization, saving
 from gemma4_kernels.linear.formats import awq, bitsandbytes, compressed_tensors, gguf, gptq, mlx
 from gemma4_kernels.linear.schemes import SCHEMES, SUPER_BLOCK, Layout, Parts, check_sizes, expected_tensors
@@ -217,7 +217,10 @@ class QuantizedWeight:
     def load(cls, path: str | os.PathLike[str]) -> QuantizedWeight:
         """A weight that `save` wrote. Raises WeightFileError for any other file, pickles among them."""
         parts, name = saving.load(path)
-        return cls._made(parts, name)
+        try:
+            return cls._made(parts, name)
+        except (TypeError, ValueError) as error:  # tensors that do not fit the metadata
+            raise WeightFileError(f"{path}: {error}") from error
 
     @classmethod
     def _made(cls, parts: Parts, name: str) -> QuantizedWeight:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ class Layer(NamedTuple):
 class Folder:
     """What the finders below look at."""
 
+    path: Path
     entries: Mapping[str, Entry]
     siblings: Mapping[str, list[str]]
     """prefix -> all tensors "prefix.name"."""
@@ -65,7 +67,7 @@ class Folder:
 
 
 def find_layers(
-    entries: Mapping[str, Entry], config: Mapping[str, Any], read: Callable[[str], Tensor]
+    path: Path, entries: Mapping[str, Entry], config: Mapping[str, Any], read: Callable[[str], Tensor]
 ) -> dict[str, Layer]:
     """All quantised layers, by name. `read` gives a tensor; nothing but a few bytes of settings is read.
 
@@ -75,7 +77,7 @@ def find_layers(
     for name in entries:
         siblings.setdefault(name.rpartition(".")[0], []).append(name)
     quantization = _section(config, "quantization_config", "compression_config", "quantization", "quantize_config")
-    folder = Folder(entries, siblings, quantization, _packed_bits(quantization), read)
+    folder = Folder(path, entries, siblings, quantization, _packed_bits(quantization), read)
     found: dict[str, Layer] = {}
     for name in entries:
         prefix, _, last = name.rpartition(".")
@@ -176,11 +178,11 @@ def _bitsandbytes(weight: str, folder: Folder) -> Layer | None:
     if kind is None:
         return None
     if folder.entries[states[kind]].nbytes > STATE_BYTES:
-        raise WeightFileError(f"{states[kind]} must have at most {STATE_BYTES} bytes")
+        raise WeightFileError(f"{folder.path}: {states[kind]} must have at most {STATE_BYTES} bytes")
     try:
         shape = state_shape(parse_state(folder.read(states[kind])))
     except (TypeError, ValueError) as error:
-        raise WeightFileError(f"{states[kind]}: {error}") from error
+        raise WeightFileError(f"{folder.path}: {states[kind]}: {error}") from error
     members = folder.members(weight, "absmax", "quant_map", "nested_absmax", "nested_quant_map")
     members |= {"quant_state": states[kind], "weight": weight}
     scheme = kind.upper() + ("_NESTED" if "nested_absmax" in members else "")

@@ -68,8 +68,10 @@ class WeightFiles:
             raise FormatError(f"{self.path}: {name}: {info.refusal}")
         try:
             return self._readers[name]()
-        except (FormatError, WeightFileError):
+        except WeightFileError:
             raise
+        except FormatError as error:
+            raise FormatError(f"{self.path}: {name}: {error}") from error
         except (TypeError, ValueError) as error:  # a tensor that does not fit the others of its layer
             raise WeightFileError(f"{self.path}: {name}: {error}") from error
 

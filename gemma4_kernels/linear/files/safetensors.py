@@ -34,9 +34,8 @@ def open_safetensors(path: Path) -> WeightFiles:
     config = _json(folder / "config.json", total)
     if "quantization_config" not in config:  # AutoGPTQ's older files keep it apart
         config |= {"quantize_config": _json(folder / "quantize_config.json", total)}
-    layers = find_layers(
-        {name: entry for name, (_, entry) in places.items()}, config, lambda name: _read(*places[name], name)
-    )
+    entries = {name: entry for name, (_, entry) in places.items()}
+    layers = find_layers(path, entries, config, lambda name: _read(*places[name], name))
     part_of = {member: name for name, layer in layers.items() for member in layer.members.values()}
 
     tensors: dict[str, TensorInfo] = {}
@@ -81,11 +80,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _json(path: Path, described_bytes: int) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    limit = max(safetensors_file.FREE_JSON, described_bytes // safetensors_file.JSON_GROWTH)
-    with path.open("rb") as file:
-        return safetensors_file.parse_json(file.read(limit + 1), str(path), described_bytes)
+    return safetensors_file.read_json(path, described_bytes) if path.is_file() else {}
 
 
 def _read(file: Path, entry: Entry, name: str) -> Tensor:

@@ -66,9 +66,7 @@ def _ollama_folders() -> list[Path]:
 
 
 def _ollama_blob(folder: Path, manifest: Path) -> Path:
-    with manifest.open("rb") as file:
-        raw = file.read(safetensors_file.FREE_JSON + 1)
-    layers = safetensors_file.parse_json(raw, str(manifest), 0).get("layers")
+    layers = safetensors_file.read_json(manifest).get("layers")
     if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
         raise WeightFileError(f"{manifest}: layers must be a list of objects")
     digests = [layer.get("digest") for layer in layers if layer.get("mediaType") == MODEL_LAYER]
@@ -131,9 +129,7 @@ def _lmstudio_folders() -> list[Path]:
     settings = own / "settings.json"
     if settings.is_file():
         try:
-            with settings.open("rb") as file:
-                raw = file.read(safetensors_file.FREE_JSON + 1)
-            downloads = safetensors_file.parse_json(raw, str(settings), 0).get("downloadsFolder")
+            downloads = safetensors_file.read_json(settings).get("downloadsFolder")
         except WeightFileError:
             downloads = None  # another program's file; what it says is a help, not a need
         if isinstance(downloads, str) and downloads and "\0" not in downloads:
