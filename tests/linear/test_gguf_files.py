@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import weakref
 
 import numpy as np
 import pytest
@@ -51,6 +52,13 @@ def test_each_tensor_is_the_one_that_was_written(opened, options):
     assert [weight.name for weight in files.weights()] == [
         "blk.0.attn_q.weight", "blk.0.ffn_up.weight", "token_embd.weight",
     ]  # fmt: skip
+
+
+def test_no_weight_is_kept_when_the_next_is_read(opened):
+    weights = opened(small_gguf()).weights()
+    first = weakref.ref(next(weights))
+    next(weights)
+    assert first() is None
 
 
 def test_files_of_the_gguf_library_are_read(tmp_path):

@@ -37,6 +37,32 @@ def test_even_codes_fill_the_low_half_of_a_word_and_odd_codes_the_high_half(bits
     assert torch.equal(planes.unpack(words, bits), codes)
 
 
+def test_a_pair_of_columns_is_one_shift_and_one_mask_away():
+    """As docs/quantization.md promises it to kernels: columns 2i and 2i + 1 in the two halves of a register."""
+    codes = torch.randint(0, 64, (2, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for bits, mask, step in ((5, 0x00010001, 4), (6, 0x00030003, 8)):
+        held = planes.split(codes & ((1 << bits) - 1), bits)
+        words_of_high = 8 // (2 * bits - 8)  # words of low bits beside one of high bits: 4 or 2
+        for n in range(2):
+            for index in range(8):
+                low = int(held["codes"][n, index]) & 0xFFFFFFFF
+                high = int(held["high"][n, index // words_of_high]) & 0xFFFFFFFF
+                c = index % words_of_high
+                for i in range(4):
+                    pair = (low >> 4 * i) & 0x000F000F
+                    upper = (high >> (step * c + (bits - 4) * i)) & mask
+                    expected = [int(code) & ((1 << bits) - 1) for code in codes[n, 8 * index + 2 * i :][:2]]
+                    assert [pair & 15 | (upper & 3) << 4, pair >> 16 | (upper >> 16) << 4] == expected
+
+
+def test_rows_made_a_few_at_a_time_are_the_same(monkeypatch):
+    weights = [*some_weights(), QuantizedWeight.from_bitsandbytes(**bitsandbytes_layer(130, 256, nested=True).tensors)]
+    whole = [weight.dequantize() for weight in weights]
+    monkeypatch.setattr(planes, "ROWS_BYTES", 3000)
+    for weight, expected in zip(weights, whole, strict=True):
+        assert torch.equal(weight.dequantize(), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_dtypes_are_the_fp32_values_rounded_once(dtype):
     for weight in some_weights():
