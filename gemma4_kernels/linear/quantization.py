@@ -40,7 +40,7 @@ def quantize(w: Tensor, scheme: str) -> Parts:
             raise ValueError(f"{FUNCTION}: w must be finite, got infinity or NaN in rows {first} to {last - 1}")
         return QUANTIZERS[scheme](groups, scale_dtype)
 
-    return Parts(scheme, (N, K), GROUP, planes.by_rows(N, 16 * K, convert))
+    return Parts(scheme, (N, K), GROUP, planes.by_rows(N, 4 * K, convert))
 
 
 def four_bits(groups: Tensor, scale_dtype: torch.dtype) -> dict[str, Tensor]:
@@ -76,29 +76,44 @@ def from_maximum(groups: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tens
 
 def fit_lattice(groups: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Which groups lie on a lattice scale * (-8 .. 7) to the rounding of their dtype; its scale, and the codes."""
-    values = groups.float()
-    largest = _largest(values)
-    below, above = _rounding_interval(groups)
+    weights = groups.flatten(0, 1)  # (rows * G, 32)
+    values = weights.float()
+    largest = _largest(groups.float()).flatten()
     found = torch.zeros_like(largest, dtype=torch.bool)
     scale = torch.zeros_like(largest).to(scale_dtype)
     codes = torch.zeros_like(values)
+    # Both the weight and the largest are rounded, so they may be off by two units in the last place together.
+    limits = torch.finfo(weights.dtype)
+    tolerance = values.abs() * (4 * limits.eps) + limits.smallest_normal * limits.eps
     for magnitude in range(1, 9):
         # Codes reach from -8 to 7, so only 8 decides the sign of the scale; the others leave it positive.
         code = torch.full_like(largest, -8) if magnitude == 8 else magnitude * largest.sign()
-        step = torch.where(code == 0, 1, largest / code)
-        tried = (values / torch.where(step == 0, 1, step)[:, :, None]).round()
-        # |w| / |code| bounds the scale from both sides; codes of 0 say nothing.
-        bounds = torch.stack((below, above)) / tried.abs().double()
-        low = bounds[0].nan_to_num(0, 0).where(tried != 0, 0).amax(dim=2)
-        high = bounds[1].where(tried != 0, torch.inf).amin(dim=2)
-        middle = torch.where(high.isfinite(), (low + high) / 2, 0) * step.sign()
-        candidate = middle.to(scale_dtype)
-        back = (candidate.float()[:, :, None] * tried).to(groups.dtype)
-        fits = (back == groups).all(dim=2) & (tried >= -8).all(dim=2) & (tried <= 7).all(dim=2) & ~found
-        scale = torch.where(fits, candidate, scale)
-        codes = torch.where(fits[:, :, None], tried, codes)
-        found |= fits
-    return found, scale, codes
+        step = torch.where(largest == 0, 1, largest / code)
+        tried = (values / step[:, None]).round_()
+        near = ((values - tried * step[:, None]).abs_() <= tolerance).all(dim=1)
+        index = (near & ~found & (tried.amax(dim=1) <= 7)).nonzero()[:, 0]
+        if len(index) == 0:
+            continue
+        candidate, fits = _scale_in_all_intervals(weights[index], tried[index], step[index].sign(), scale_dtype)
+        index, candidate = index[fits], candidate[fits]
+        found[index], scale[index], codes[index] = True, candidate, tried[index]
+    shape = groups.shape[:2]
+    return found.view(shape), scale.view(shape), codes.view(groups.shape)
+
+
+def _scale_in_all_intervals(
+    weights: Tensor, codes: Tensor, sign: Tensor, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A scale for each group (M, 32), and whether its products with the codes are the weights."""
+    below, above = _rounding_interval(weights)
+    magnitudes = codes.abs().double()
+    # |w| / |code| bounds the scale from both sides; codes of 0 say nothing.
+    low = torch.where(codes == 0, 0, below / magnitudes).amax(dim=1)
+    high = torch.where(codes == 0, torch.inf, above / magnitudes).amin(dim=1)
+    middle = torch.where(high.isfinite(), (low + high) / 2, 0)
+    scale = (middle * sign).to(scale_dtype)
+    fits = ((scale.float()[:, None] * codes).to(weights.dtype) == weights).all(dim=1)
+    return scale, fits
 
 
 def _rounding_interval(groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,14 @@ def test_other_weights_get_the_nearest_code(scheme, low, high):
     torch.testing.assert_close((w.view(32, 8, 32) - values).abs(), nearest, rtol=0, atol=1e-9)
 
 
+def test_the_largest_weight_of_a_group_uses_the_last_code():
+    w = torch.randn(16, 64, generator=torch.Generator().manual_seed(3))
+    for scheme, last in (("Q4_0", {0}), ("Q8_0", {-127, 127})):
+        codes = QuantizedWeight.quantize(w, scheme).unpacked_codes().view(-1, 32)
+        largest = codes.gather(1, w.view(-1, 32).abs().argmax(dim=1, keepdim=True))
+        assert set(largest.flatten().tolist()) == last
+
+
 def test_q4_0_has_no_larger_error_than_ggml_on_ordinary_weights():
     gguf = pytest.importorskip("gguf")
     w = torch.randn(64, 512, generator=torch.Generator().manual_seed(2)).mul_(0.03)
@@ -81,6 +89,15 @@ def test_q4_0_has_no_larger_error_than_ggml_on_ordinary_weights():
     kind = gguf.GGMLQuantizationType.Q4_0
     theirs = torch.from_numpy(gguf.dequantize(gguf.quantize(w.numpy(), kind), kind))
     assert (w - ours).square().mean() <= 1.001 * (w - theirs).square().mean()
+
+
+def test_lattices_of_the_smallest_fp16_weights_are_found_too():
+    """Their weights are subnormal, where rounding is coarse beside the weight."""
+    codes, _, _ = lattice(torch.float16)
+    w = (codes * 2.0**-20).half().flatten(1)
+    weight = QuantizedWeight.quantize(w, "Q4_0")
+    assert torch.equal(weight.unpacked_codes().view(codes.shape).int() - 8, codes.int())
+    assert torch.equal(weight.dequantize(torch.float16), w)
 
 
 def test_a_group_of_zeros_stays_zero():

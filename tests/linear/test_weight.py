@@ -90,6 +90,25 @@ def test_the_safetensors_library_reads_what_is_saved(tmp_path):
     assert all(torch.equal(read[name], tensor) for name, tensor in weight.tensors().items())
 
 
+def test_saved_tensors_are_aligned_to_their_dtypes(tmp_path):
+    from gemma4_kernels.linear import safetensors_file
+
+    for weight in some_weights():
+        weight.save(tmp_path / "w.safetensors")
+        for entry in safetensors_file.read_header(tmp_path / "w.safetensors").entries.values():
+            assert entry.start % entry.dtype.itemsize == 0
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_before_it(tmp_path):
+    weight = some_weights()[0]
+    weight.save(tmp_path / "w.safetensors")
+    before = (tmp_path / "w.safetensors").read_bytes()
+    with pytest.raises(NotImplementedError):
+        weight.to("meta").save(tmp_path / "w.safetensors")  # has no data to write
+    assert (tmp_path / "w.safetensors").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_pickles_are_never_loaded(tmp_path):
     torch.save({"w": torch.zeros(3)}, tmp_path / "w.pt")
     (tmp_path / "w.bin").write_bytes(pickle.dumps({"w": 3}))
