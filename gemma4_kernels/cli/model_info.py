@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from gemma4_kernels.linear.files import TensorInfo, WeightFiles, open_weights
@@ -14,7 +15,7 @@ def collect(name: str) -> dict[str, Any]:
         "model": name,
         "path": str(files.path),
         "format": files.format,
-        "metadata": {key: value for key, value in files.metadata.items() if not key.startswith("tokenizer.")},
+        "metadata": {key: _json(value) for key, value in files.metadata.items() if not key.startswith("tokenizer.")},
         "bytes": files.nbytes,
         "parameters": sum(info.parameters for info in files.tensors.values()),
         "schemes": _schemes(files),
@@ -48,6 +49,11 @@ def render(found: dict[str, Any]) -> str:
 def plain(line: str) -> str:
     """Names come from the file: what would move a terminal's cursor, or cannot be encoded, becomes a question mark."""
     return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
+def _json(value: str | int | float | bool) -> str | int | float | bool:
+    """JSON has neither NaN nor infinity."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _schemes(files: WeightFiles) -> list[dict[str, Any]]:

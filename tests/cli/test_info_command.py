@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
 
+import pytest
 import torch
 from weight_files import FOLDERS, named, safetensors_file, small_gguf
 
@@ -33,6 +35,13 @@ def test_json_lists_each_tensor(command, tmp_path):
     assert [(tensor["name"], tensor["scheme"], tensor["shape"]) for tensor in found["tensors"]] == [
         ("up.weight", "W4A16", [8, 64]), ("norm.weight", "F32", [3]),
     ]  # fmt: skip
+
+
+def test_json_stays_json_whatever_the_metadata(command, tmp_path):
+    raw = small_gguf().replace(struct.pack("<f", 30.0), struct.pack("<f", float("nan")), 1)
+    (tmp_path / "m.gguf").write_bytes(raw)
+    out = command(f"gemma4-kernels info --json --model {tmp_path}/m.gguf").out
+    assert json.loads(out, parse_constant=pytest.fail)["metadata"]["gemma4.final_logit_softcapping"] == "nan"
 
 
 def test_what_is_not_read_says_what_to_use_instead(command, tmp_path):

@@ -54,11 +54,19 @@ def test_each_tensor_is_the_one_that_was_written(opened, options):
     ]  # fmt: skip
 
 
-def test_no_weight_is_kept_when_the_next_is_read(opened):
-    weights = opened(small_gguf()).weights()
-    first = weakref.ref(next(weights))
-    next(weights)
-    assert first() is None
+def test_no_weight_is_kept_while_the_next_is_read(opened, monkeypatch):
+    files = opened(small_gguf())
+    load, seen = files.load, []
+
+    def watched(name):
+        assert all(earlier() is None for earlier in seen)
+        return load(name)
+
+    monkeypatch.setattr(files, "load", watched)
+    for weight in files.weights():
+        seen.append(weakref.ref(weight))
+        del weight
+    assert len(seen) == 3
 
 
 def test_files_of_the_gguf_library_are_read(tmp_path):
@@ -194,6 +202,14 @@ def test_files_from_before_gguf_and_files_of_nothing_are_refused_by_name(opened,
     (tmp_path / "empty" / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(FormatError, match="pickles"):
         open_weights(tmp_path / "empty")
+
+
+def test_metadata_that_would_take_long_to_walk_is_refused(opened, monkeypatch):
+    raw = gguf_file({"w": Q4}, pairs=[pair(f"k{i}", 9, strings([""] * 300)) for i in range(4)])
+    opened(raw)
+    monkeypatch.setattr(gguf_files, "MAX_STEPS", 1000)
+    with pytest.raises(WeightFileError, match="claims 300 strings, more than the file can hold or is read"):
+        opened(raw)
 
 
 def test_a_long_vocabulary_costs_no_memory(opened):

@@ -34,6 +34,9 @@ MAX_NAME = 255
 MAX_DIMS = 4
 MAX_DEPTH = 4
 """Of arrays in arrays."""
+MAX_STEPS = 1 << 22
+"""Strings and inner arrays of the metadata, each of which is a step of a loop. A vocabulary of 262144 with its merges has
+less than a million."""
 
 # The types of a value: struct's letter, and its bytes.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -116,6 +119,7 @@ class Cursor:
         self.data = data
         self.size = len(data)
         self.at = 0
+        self.steps = 0
 
     def error(self, message: str) -> WeightFileError:
         return WeightFileError(f"{self.path}: {message}")
@@ -126,6 +130,14 @@ class Cursor:
             raise self.error(f"its header needs {count} bytes at byte {self.at}, and the file ends at byte {self.size}")
         start, self.at = self.at, self.at + count
         return start
+
+    def spend(self, count: int, what: str) -> None:
+        """Refuse an array of `count` elements of at least 8 bytes that the file cannot hold, or that would take long."""
+        self.steps += count
+        if count > (self.size - self.at) // 8 or self.steps > MAX_STEPS:
+            raise self.error(
+                f"an array at byte {self.at} claims {count} {what}, more than the file can hold or is read"
+            )
 
     def number(self, letter: str) -> int:
         size = struct.calcsize("<" + letter)
@@ -210,16 +222,14 @@ def _value(cursor: Cursor, kind: int, depth: int) -> Value | None:
     elif element == STRING:
         _skip_strings(cursor, count)
     else:
-        if count > (cursor.size - cursor.at) // 12:  # an empty array has a type and a count
-            raise cursor.error(f"an array at byte {cursor.at} claims {count} arrays, more than the file can hold")
+        cursor.spend(count, "arrays")
         for _ in range(count):
             _value(cursor, element, depth + 1)
     return None
 
 
 def _skip_strings(cursor: Cursor, count: int) -> None:
-    if count > (cursor.size - cursor.at) // 8:
-        raise cursor.error(f"an array at byte {cursor.at} claims {count} strings, more than the file can hold")
+    cursor.spend(count, "strings")
     # A vocabulary has 262144 strings: this loop is the time that opening a file takes.
     at, size, data, unpack = cursor.at, cursor.size, cursor.data, struct.Struct("<Q").unpack_from
     for _ in range(count):
