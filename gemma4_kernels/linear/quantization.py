@@ -83,8 +83,7 @@ def fit_lattice(groups: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tenso
     scale = torch.zeros_like(largest).to(scale_dtype)
     codes = torch.zeros_like(values)
     # Both the weight and the largest are rounded, so they may be off by two units in the last place together.
-    limits = torch.finfo(weights.dtype)
-    tolerance = values.abs() * (4 * limits.eps) + limits.smallest_normal * limits.eps
+    tolerance = values.abs() * (4 * torch.finfo(weights.dtype).eps)
     for magnitude in range(1, 9):
         # Codes reach from -8 to 7, so only 8 decides the sign of the scale; the others leave it positive.
         code = torch.full_like(largest, -8) if magnitude == 8 else magnitude * largest.sign()
