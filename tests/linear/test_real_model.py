@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gemma4_kernels import QuantizedWeight, open_weights
 
@@ -40,6 +41,19 @@ def test_every_tensor_is_that_of_the_gguf_library_bit_for_bit(path):
             expected = theirs[name].data
             got = loaded.numpy()
         assert np.array_equal(got.view(np.int32), expected.view(np.int32)), name
+
+
+def test_real_weights_of_a_lattice_give_its_codes_again_from_bf16(path):
+    real = open_weights(path).load("blk.9.attn_q.weight").dequantize()
+    groups = real.view(-1, 32)
+    scale = (
+        (groups.abs().amax(dim=1, keepdim=True) / 6.3).half().float()
+    )  # the largest code is 6, as training may leave it
+    codes = (groups / scale).round()
+    w = (codes * scale).bfloat16().view(real.shape)
+    weight = QuantizedWeight.quantize(w, "Q4_0")
+    assert torch.equal(weight.dequantize(torch.bfloat16), w)
+    assert torch.equal(weight.unpacked_codes().view(-1, 32).int() - 8, codes.int())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")

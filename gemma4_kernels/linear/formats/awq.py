@@ -17,8 +17,6 @@ from gemma4_kernels.linear.schemes import ANY, Parts, check_sizes
 
 FUNCTION = "QuantizedWeight.from_awq"
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-WORDS = 64
-"""Words of a row that are turned at a time: 512 rows of W."""
 
 
 def read(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Parts:
@@ -36,8 +34,12 @@ def read(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Parts:
     checks.has_dtype(FUNCTION, "qzeros", qzeros, (torch.int32,))
     checks.same_device(FUNCTION, qweight=qweight, qzeros=qzeros, scales=scales)
 
-    parts = [planes.pack(_rows(qweight[:, first : first + WORDS]), 4) for first in range(0, N // 8, WORDS)]
-    tensors = {"codes": torch.cat(parts), "scales": scales.T, "zeros": _rows(qzeros)}
+    def convert(first: int, last: int) -> dict[str, Tensor]:
+        """Eight rows of W for each column of words."""
+        return {"codes": planes.pack(_rows(qweight[:, first:last]), 4).view(last - first, 8, K // 8)}
+
+    codes = planes.by_rows(N // 8, 32 * K, convert)["codes"].flatten(0, 1)
+    tensors = {"codes": codes, "scales": scales.T, "zeros": _rows(qzeros)}
     return Parts("AWQ", (N, K), K // num_groups, tensors)
 
 

@@ -20,7 +20,7 @@ from gemma4_kernels.linear.schemes import SCHEMES, Parts, check_sizes
 FUNCTION = "QuantizedWeight.from_gguf"
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-# E2M1 doubled, beside half the scale, so that the table is exact in small integers; -0 is stored as 0.
+# E2M1 of the OCP Microscaling specification, doubled, beside half the scale, as in ggml: small integers. -0 is stored as 0.
 MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 TABLES = {"IQ4_NL": IQ4_VALUES, "IQ4_XS": IQ4_VALUES, "MXFP4": MXFP4_VALUES}
 
