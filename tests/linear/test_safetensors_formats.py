@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from linear_helpers import awq_layer, bitsandbytes_layer, compressed_tensors_layer, gptq_layer, mlx_layer, same_bits
@@ -88,6 +89,39 @@ def test_bitsandbytes_gives_the_values_of_the_loop(N, K, kind, nested):
     weight = QuantizedWeight.from_bitsandbytes(**layer.tensors)
     assert weight.scheme == kind.upper() + ("_NESTED" if nested else "")
     assert same_bits(weight.dequantize(), layer.w)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_bitsandbytes_gives_the_values_of_its_own_library(kind, nested, dtype):
+    from bitsandbytes import functional
+
+    w = torch.randn(96, 512, generator=torch.Generator().manual_seed(4)).mul_(0.03).to(dtype)
+    packed, state = functional.quantize_4bit(w, blocksize=64, compress_statistics=nested, quant_type=kind)
+    held = state.as_dict(packed=True)  # as it goes into a file
+    tensors = {"quant_state" if "bitsandbytes__" in name else name: tensor for name, tensor in held.items()}
+    weight = QuantizedWeight.from_bitsandbytes(weight=packed, **tensors)
+    assert torch.equal(weight.dequantize(dtype), functional.dequantize_4bit(packed, state))
+
+
+@pytest.mark.skipif(find_spec("mlx") is None, reason="mlx is not installed")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_mlx_gives_the_values_of_its_own_library(group, dtype):
+    mx = pytest.importorskip("mlx.core")
+    w = torch.randn(64, 512, generator=torch.Generator().manual_seed(5)).mul_(0.03)
+    kind = getattr(mx, str(dtype).removeprefix("torch."))
+    packed, scales, biases = mx.quantize(mx.array(w.numpy()).astype(kind), group_size=group, bits=4)
+    # In fp32, because MLX rounds twice in a narrower dtype: the product, and the sum.
+    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    expected = mx.dequantize(packed, scales, biases, group_size=group, bits=4)
+    weight = QuantizedWeight.from_mlx(
+        weight=torch.from_numpy(np.array(packed)), scales=torch.from_numpy(np.array(scales)).to(dtype),
+        biases=torch.from_numpy(np.array(biases)).to(dtype), group_size=group,
+    )  # fmt: skip
+    assert same_bits(weight.dequantize(), np.array(expected))
 
 
 def test_nested_scales_stay_as_small_as_in_the_file():
