@@ -1,4 +1,4 @@
-"""Fused kernels for Gemma 4: attention to head_dim 512, K-equals-V from a V-only cache, image blocks.
+"""Fused kernels for Gemma 4: attention to head_dim 512, K-equals-V from a V-only cache, image blocks, quantised weights.
 
 Importing this imports neither Triton nor a compiled module nor transformers; each is loaded at its first use.
 """
@@ -13,8 +13,18 @@ from gemma4_kernels.attention.api import (
 from gemma4_kernels.attention.prologue import k_eq_v_norm_rope_append, qkv_norm_rope_append
 from gemma4_kernels.attention.ring import RingCache
 from gemma4_kernels.backends import explain, use_backend
-from gemma4_kernels.checks import BackendError, DeviceError, DTypeError, ShapeError, StrideError
+from gemma4_kernels.checks import (
+    BackendError,
+    DeviceError,
+    DTypeError,
+    FormatError,
+    ShapeError,
+    StrideError,
+    WeightFileError,
+)
 from gemma4_kernels.geometry import GEMMA4_12B, GEMMA4_12B_DRAFTER
+from gemma4_kernels.linear.files import open_weights
+from gemma4_kernels.linear.weight import QuantizedWeight
 
 __all__ = [
     "GEMMA4_12B",
@@ -22,9 +32,12 @@ __all__ = [
     "BackendError",
     "DTypeError",
     "DeviceError",
+    "FormatError",
+    "QuantizedWeight",
     "RingCache",
     "ShapeError",
     "StrideError",
+    "WeightFileError",
     "__version__",
     "explain",
     "flash_attn_func",
@@ -32,6 +45,7 @@ __all__ = [
     "flash_attn_with_kvcache",
     "k_eq_v_attention",
     "k_eq_v_norm_rope_append",
+    "open_weights",
     "qkv_norm_rope_append",
     "use_backend",
 ]

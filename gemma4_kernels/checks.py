@@ -31,6 +31,14 @@ class StrideError(ValueError):
     """A tensor's last dim is not dense in memory."""
 
 
+class FormatError(ValueError):
+    """A weight format that is not read here. The message says what to use instead."""
+
+
+class WeightFileError(ValueError):
+    """A file of weights is damaged, is not what it says it is, or cannot be found."""
+
+
 class BackendError(RuntimeError):
     """No backend, or not the one asked for, can serve a call. The message holds the reason of each refusal."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def requested_backend() -> str | None:
@@ -14,3 +15,9 @@ def requested_backend() -> str | None:
 def triton_interprets() -> bool:
     """TRITON_INTERPRET, Triton's own variable: its kernels run on the CPU. Triton reads it when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "").strip().lower() in ("1", "true", "on", "y", "yes")
+
+
+def ollama_models() -> Path | None:
+    """OLLAMA_MODELS: the folder where Ollama keeps its models, as Ollama itself reads it; None where it is not set."""
+    value = os.environ.get("OLLAMA_MODELS", "").strip()
+    return Path(value) if value else None

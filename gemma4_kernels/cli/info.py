@@ -1,6 +1,9 @@
 """`gemma4-kernels info`: versions, devices, and which backend serves which op on each device, with every refusal's reason.
 
-It must answer on any machine: whatever cannot be found out becomes a sentence in its place.
+It must answer on any machine: whatever cannot be found out becomes a sentence in its place. With --model it shows what is in a
+file of weights instead.
+
+Exit status: 0; 1 where the model cannot be read.
 """
 
 from __future__ import annotations
@@ -11,12 +14,14 @@ import importlib.util
 import json
 import os
 import platform
+import sys
 from typing import Any
 
 import torch
 
 from gemma4_kernels import backends, environment
 from gemma4_kernels._version import __version__
+from gemma4_kernels.cli import model_info
 
 LIBRARIES = ("torch", "numpy", "triton", "transformers", "gguf")
 
@@ -24,12 +29,28 @@ LIBRARIES = ("torch", "numpy", "triton", "transformers", "gguf")
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("info", help="versions, devices, and which backend serves what, and why")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument(
+        "--model", metavar="MODEL",
+        help="show what is in a GGUF file, a safetensors file or folder, ollama:NAME:TAG or lmstudio:PUBLISHER/MODEL",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.model is not None:
+        return _run_model(arguments.model, arguments.json)
     found = collect()
     print(json.dumps(found, indent=2) if arguments.json else render(found))
+    return 0
+
+
+def _run_model(name: str, as_json: bool) -> int:
+    try:
+        found = model_info.collect(name)
+    except (OSError, ValueError) as error:
+        print(model_info.plain(f"gemma4-kernels info: {error}"), file=sys.stderr)
+        return 1
+    print(json.dumps(found, indent=2) if as_json else model_info.render(found))
     return 0
 
 
