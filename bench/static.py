@@ -71,7 +71,10 @@ Provider = Callable[[str], Iterable[CompiledKernel | LazyKernel]]
 
 # family -> "package.module:function", a Provider that is imported when it is asked. A family of this package joins with a line
 # here, kernels from elsewhere with `register`.
-_providers: dict[str, str] = {"attention": "gemma4_kernels.bench.attention_kernels:provide"}
+_providers: dict[str, str] = {
+    "attention": "gemma4_kernels.bench.attention_kernels:provide",
+    "linear": "gemma4_kernels.bench.linear_kernels:provide",
+}
 
 
 def register(family: str, entry: str) -> None:

@@ -1,4 +1,9 @@
-"""Common to all tests: one thread, and derandomised hypothesis where CI runs."""
+"""Common to all tests: one thread, and derandomised hypothesis where CI runs.
+
+Triton's kernels have two kinds of tests, in folders named triton_backend. With TRITON_INTERPRET they run on the CPU, in NumPy:
+test_interpreted_*.py. Without it they are compiled, for cards that are not here. Triton decides when it is imported, so each
+kind has a process of its own: `make test` starts both.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+
+from gemma4_kernels import environment
 
 # The tensors are small: more threads would mostly wait for each other, for minutes where other jobs hold the cores.
 torch.set_num_threads(1)
@@ -35,3 +42,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patch_once():
+    """Triton's interpreter patches `triton.language` again at every call of a function of a kernel: a third of the time."""
+    if not environment.triton_interprets():
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patched: set[int] = set()
+
+    def call(function, *args, **kwargs):
+        namespace = function.fn.__globals__
+        if id(namespace) not in patched:
+            patched.add(id(namespace))
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*args, **kwargs)
+
+    before = interpreter.InterpretedFunction.__call__
+    interpreter.InterpretedFunction.__call__ = call
+    yield
+    interpreter.InterpretedFunction.__call__ = before

@@ -22,7 +22,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 _DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
-    torch.int32: "*i32", torch.int64: "*i64",
+    torch.int32: "*i32", torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8",
 }  # fmt: skip
 # Addresses and sizes that are multiples of this are known to the compiler as such: it makes 16-byte loads possible.
 _DIVISIBILITY = 16
