@@ -100,7 +100,8 @@ def launches(architecture: str, dtype: torch.dtype = torch.bfloat16) -> Iterator
 def compile_launch(name: str, launch: Launch, shape: Shape, architecture: str) -> CompiledKernel:
     done = launch.compile(architecture)
     sizes = {}
-    if "BLOCK_M" in launch.constants:  # it walks over keys
+    # Kernels that walk over keys; that for any pairs has its loads in an inner loop, over columns.
+    if "BLOCK_M" in launch.constants and not launch.constants.get("TURN_ALL"):
         keys: int = launch.constants["BLOCK_N"]
         caches = 1 if shape.kernel.startswith("k_eq_v") else 2
         packed = shape.rows * shape.heads // shape.kv_heads

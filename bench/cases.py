@@ -311,6 +311,12 @@ def _attention() -> Iterator[AttentionCase]:
         yield _sliding("flash_attn_func", sq=1, sk=sk)
         yield _sliding("flash_attn_func", sq=40, sk=sk)
         yield _full("k_eq_v_attention", sq=5, sk=sk)
+    # One key short of a tile's edge on the right, and a tile that the left edge cuts for the last rows only; in fp32, where a
+    # key too many shows.
+    yield AttentionCase("flash_attn_func", sq=2, sk=64, hq=4, hkv=2, d=64, right=0, dtype="fp32", tags=_QUICK)
+    yield AttentionCase("flash_attn_func", sq=5, sk=130, hq=4, hkv=2, d=64, left=63, right=0, dtype="fp32", tags=_QUICK)
+    # A block that ends more than a thousand keys before the last one.
+    yield AttentionCase("flash_attn_func", sq=1300, sk=1300, hq=1, hkv=1, d=16, left=15, right=0, blocks="5-600")
     # More query rows than keys: the first rows see nothing.
     yield AttentionCase("flash_attn_func", sq=9, sk=4, hq=4, hkv=2, d=64, right=0, tags=_QUICK)
     yield AttentionCase("flash_attn_func", sq=40, sk=20, hq=4, hkv=2, d=64, right=0)

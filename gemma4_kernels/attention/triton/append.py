@@ -24,8 +24,8 @@ def append_kernel(
 ):  # fmt: skip
     """Grid (B * ROWS, HKV). A row that has no place is not written: another request may own what lies there."""
     b = (tl.program_id(0) // num_rows).to(tl.int64)
-    i = tl.program_id(0) % num_rows
-    head = tl.program_id(1)
+    i = (tl.program_id(0) % num_rows).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
     position = tl.load(lengths_ptr + b).to(tl.int64) + i
     if (position < 0) | (position >= capacity):
         return

@@ -126,3 +126,8 @@ def _strides(letter: str, rows: Tensor) -> dict[str, int]:
     """Of a request, a row, a head; 0 of a request where rows are packed."""
     batch = rows.stride(0) if rows.dim() == 4 else 0
     return {f"stride_{letter}b": batch, f"stride_{letter}s": rows.stride(-3), f"stride_{letter}h": rows.stride(-2)}
+
+
+def dense(numbers: Tensor | None) -> Tensor | None:
+    """Kernels step over lengths, ids and page numbers one by one."""
+    return numbers if numbers is None or numbers.stride(-1) == 1 or numbers.shape[-1] <= 1 else numbers.contiguous()

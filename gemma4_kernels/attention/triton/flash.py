@@ -80,6 +80,9 @@ def _attend(
         if BLOCKS:
             ids = tl.load(ids_ptr + keys, mask=inside, other=ABSENT)
             inside = ids != ABSENT
+        if not FREE:
+            # Left of every row's window; there may be a page that belongs to somebody else by now.
+            inside = inside & (keys >= first_token - left)
         k_row = k_ptr + page * stride_ke + row.to(tl.int64) * stride_ks
         v_row = v_ptr + page * stride_ve + row.to(tl.int64) * stride_vs
         k, v = (), ()
@@ -122,7 +125,7 @@ def _load_rows(
 ):  # fmt: skip
     """The chunks (BLOCK_M, BLOCK_D) of packed query rows `packed` (BLOCK_M,) of one KV head."""
     column = tl.arange(0, BLOCK_D)
-    row = q_ptr + (packed // GROUP).to(tl.int64) * stride_qs + (packed % GROUP) * stride_qh
+    row = q_ptr + (packed // GROUP).to(tl.int64) * stride_qs + (packed % GROUP).to(tl.int64) * stride_qh
     q = ()
     for c in tl.static_range((HEAD_DIM + BLOCK_D - 1) // BLOCK_D):
         here = c * BLOCK_D + column
@@ -143,7 +146,7 @@ def prefill_kernel(
     """Grid (tiles of packed rows, KV heads, B)."""
     # The last rows see most keys: they start first, so that a short tile ends the launch.
     m_tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2)
     first_row, rows, first_key, start, end, entry = request_of(
         b, num_rows, capacity, total_rows, total_keys, num_entries, cu_q_ptr, cu_k_ptr, lengths_ptr, first_ptr,
@@ -187,7 +190,7 @@ def prefill_kernel(
 
     total = running_sum[0]
     inverse = 1.0 / tl.where(total == 0, 1.0, total)
-    head = kv_head * GROUP + packed % GROUP
+    head = tl.program_id(1) * GROUP + packed % GROUP
     row = (first_row + packed // GROUP).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     out_row = out_ptr + b.to(tl.int64) * stride_ob + row * stride_os + head * stride_oh
@@ -214,7 +217,7 @@ def decode_kernel(
     num_groups = tl.cdiv(tl.cdiv(num_rows * GROUP, BLOCK_M), TILES)
     group = tl.program_id(0) % num_groups
     split = tl.program_id(0) // num_groups
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2) // 2
     second_size = tl.program_id(2) % 2
     first_row, rows, first_key, start, end, entry = request_of(
@@ -275,7 +278,7 @@ def decode_kernel(
         )
         slot = index - first
         mine = is_row[t] & (chunk == size) & (slot >= 0) & (slot < tl.minimum(count, num_slots))
-        place = part_of(b, kv_head, packed[t], slot, num_rows, num_slots, GROUP)
+        place = part_of(b, tl.program_id(1), packed[t], slot, num_rows, num_slots, GROUP)
         inverse = 1 / tl.where(running_sum[t] == 0, 1.0, running_sum[t])
         for c in tl.static_range(CHUNKS):
             here = c * BLOCK_D + column

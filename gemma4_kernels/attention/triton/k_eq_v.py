@@ -298,7 +298,7 @@ def k_eq_v_prefill_kernel(
     HALF: tl.constexpr = HEAD_DIM // 2
     # The last rows see most keys: they start first, so that a short tile ends the launch.
     first_packed = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     end = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), capacity).to(tl.int32)
     packed = first_packed + tl.arange(0, BLOCK_M)  # (M,)
@@ -329,7 +329,7 @@ def k_eq_v_prefill_kernel(
         where = out_row[:, None] + (here + (i % 2) * HALF)[None, :]
         tl.store(where, result, mask=is_row[:, None] & (here < HALF)[None, :])
     lse = log_sum(running_max, total)
-    tl.store(lse_ptr + b * stride_lb + head.to(tl.int64) * stride_lh + row, lse, mask=is_row)
+    tl.store(lse_ptr + b * stride_lb + head * stride_lh + row, lse, mask=is_row)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -347,7 +347,7 @@ def k_eq_v_decode_kernel(
     HALF: tl.constexpr = HEAD_DIM // 2
     tiles = tl.cdiv(num_rows * GROUP, BLOCK_M)
     first_packed = tl.program_id(0) % tiles * BLOCK_M
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     b = (tl.program_id(2) // 2).to(tl.int64)
     end = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), capacity).to(tl.int32)
     packed = first_packed + tl.arange(0, BLOCK_M)  # (M,)
@@ -420,6 +420,7 @@ def plan(call: AttentionCall, weight: Tensor, inv_freq: Tensor, out: Tensor, lse
     else:
         arguments |= call.result_arguments(out, lse)
     launches = [prepare]
+    assert len({config.keys for config in configs.values()}) == 1  # they share offsets and splits
     for turn_all, config in configs.items():
         tiles = triton.cdiv(call.num_rows * call.group, config.rows)
         constants = {

@@ -24,6 +24,8 @@ _POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
     torch.int32: "*i32", torch.int64: "*i64", torch.int8: "*i8", torch.uint8: "*u8",
 }  # fmt: skip
+# Of CUDA, for the second and third axis of a grid.
+_LARGEST_AXIS = 65535
 # Addresses and sizes that are multiples of this are known to the compiler as such: it makes 16-byte loads possible.
 _DIVISIBILITY = 16
 
@@ -56,6 +58,11 @@ class Launch:
     def run(self) -> None:
         if 0 in self.grid:
             return
+        if any(size > _LARGEST_AXIS for size in self.grid[1:]):
+            raise ValueError(
+                f"{self.name}: a launch has at most {_LARGEST_AXIS} heads, and half as many requests, "
+                f"got a grid of {self.grid}; split the batch"
+            )
         with _on_device_of(self.arguments):
             self.kernel[self.grid](**self.arguments, **self.constants, **self._options)
 

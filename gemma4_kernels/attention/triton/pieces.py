@@ -50,16 +50,15 @@ def request_of(
     entry = b
     if cu_q_ptr is not None:
         first_row = tl.minimum(tl.maximum(tl.load(cu_q_ptr + b), 0), total_rows).to(tl.int32)
-        stop = tl.minimum(tl.load(cu_q_ptr + b + 1), total_rows).to(tl.int32)
+        stop = tl.minimum(tl.maximum(tl.load(cu_q_ptr + b + 1), 0), total_rows).to(tl.int32)
         rows = tl.minimum(tl.maximum(stop - first_row, 0), num_rows)
     if cu_k_ptr is not None:
-        offset = tl.maximum(tl.load(cu_k_ptr + b), 0).to(tl.int32)
-        length = tl.maximum(tl.load(cu_k_ptr + b + 1).to(tl.int32) - offset, 0)
-        if PAGED:
-            end = tl.minimum(length, capacity)
-        else:
-            first_key = tl.minimum(offset, total_keys)
-            end = tl.minimum(length, total_keys - first_key)
+        offset = tl.maximum(tl.load(cu_k_ptr + b), 0).to(tl.int64)
+        length = tl.maximum(tl.load(cu_k_ptr + b + 1).to(tl.int64) - offset, 0)
+        end = tl.minimum(length, capacity).to(tl.int32)
+        if not PAGED:
+            first_key = tl.minimum(offset, total_keys).to(tl.int32)
+            end = tl.minimum(end, total_keys - first_key)
     if lengths_ptr is not None:
         end = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), capacity).to(tl.int32)
     if first_ptr is not None:
@@ -265,7 +264,7 @@ def chunks_of(
     high = tl.minimum(token + right + 1, end)
     chunk = chunk_size(tl.maximum(high - low, 0), SPLITS, BLOCK_N, MIN_CHUNK)
     if BLOCKS:
-        high = tl.where(token >= start, end, high)
+        high = token * 0 + end
     first = (low - start) // chunk
     count = tl.where(high > low, (high - 1 - start) // chunk - first + 1, 0)
     return chunk, first, count

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gemma4_kernels.attention.triton.call import dense
 from gemma4_kernels.attention.triton.launch import Launch
 from gemma4_kernels.attention.triton.pieces import round_to, to_fp32
 
@@ -153,6 +154,7 @@ def plan(
     """The launch for one layer; k, k_norm_weight and k_cache are None where the cache holds values alone."""
     batch, num_rows, num_q_heads, head_dim = q.shape
     num_kv_heads = v.shape[2]
+    cache_seqlens, block_table = cache_seqlens.contiguous(), dense(block_table)
     entries, rows_of_entry = v_cache.shape[:2]
     pairs = triton.next_power_of_2(head_dim // 2)
     heads = min(max(1, TILE_NUMBERS // pairs), triton.next_power_of_2(max(num_q_heads, num_kv_heads)))

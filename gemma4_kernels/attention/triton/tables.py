@@ -1,9 +1,10 @@
 """Which configuration a call gets, and why: data, looked up by (kernel, class of architectures, head_dim, dtype).
 
 Kernels. "prefill" and "k_eq_v prefill" serve more than DECODE_ROWS query rows, one pass over the keys; "decode" and
-"k_eq_v decode" serve up to DECODE_ROWS rows, the keys split among programs, and a second kernel combines the parts. The
-number of rows decides nothing else: within the decode range one binary serves every number of rows, which keeps a row's
-bits. The length of the keys decides how large a split is (`pieces.chunk_size`), on the device.
+"k_eq_v decode" serve up to DECODE_ROWS rows, the keys split among programs, and a second kernel combines the parts. Within
+the decode range the number of rows decides only how many tiles of 16 a program takes one after the other, each with the
+same instructions: that keeps a row's bits. The length of the keys decides how large a split is (`pieces.chunk_size`), on the
+device.
 
 Classes of architectures. A block may use 99 KiB of shared memory on sm_86, sm_89 and sm_120, 163 KiB on sm_80, 227 KiB on
 sm_90 and sm_100. What is in no class is taken for the smallest.

@@ -13,10 +13,15 @@ pytest.importorskip("triton")
 if environment.triton_interprets():
     pytest.skip("compiles kernels, which TRITON_INTERPRET=1 prevents", allow_module_level=True)
 
+# Another compiler allots registers otherwise: budgets are held for the release that the repository is tested with.
+import triton
+
 from gemma4_kernels.attention.triton import tables
 from gemma4_kernels.attention.triton.launch import Launch
 from gemma4_kernels.bench import attention_kernels, cards, sass, static
 
+if not triton.__version__.startswith("3.7"):
+    pytest.skip(f"budgets are those of Triton 3.7, this is {triton.__version__}", allow_module_level=True)
 if sass.cuobjdump() is None:
     pytest.skip("cuobjdump is not installed", allow_module_level=True)
 
@@ -76,32 +81,38 @@ def test_nothing_is_spilled(kernels):
 
 def test_the_main_loop_of_decode_loads_16_bytes_at_a_time(kernels):
     """All of keys and values, and nothing twice; page numbers and block ids are 4 bytes each."""
-    for name, kernel in kernels.items():
-        if kernel.splits_keys:
-            widths = kernel.reading.main_loop.copies
-            caches = 1 if kernel.shape.kernel.startswith("k_eq_v") else 2
-            tile = kernel.launch.constants["BLOCK_N"] * caches * kernel.shape.head_dim * 2
-            assert widths[16] * 16 * sass.LANES * kernel.launch.num_warps == tile, f"{name}: {widths}"
-            assert set(widths) <= {4, 16}
-            assert widths.get(4, 0) <= 2, f"{name}: {widths}"
+    decode = {name: kernel for name, kernel in kernels.items() if kernel.splits_keys}
+    assert len(decode) >= 5
+    for name, kernel in decode.items():
+        widths = kernel.reading.main_loop.copies
+        caches = 1 if kernel.shape.kernel.startswith("k_eq_v") else 2
+        tile = kernel.launch.constants["BLOCK_N"] * caches * kernel.shape.head_dim * 2
+        assert widths[16] * 16 * sass.LANES * kernel.launch.num_warps == tile, f"{name}: {widths}"
+        assert set(widths) <= {4, 16}
+        assert widths.get(4, 0) <= 2, f"{name}: {widths}"
 
 
 def test_k_eq_v_decode_keeps_two_tiles_of_keys_in_shared_memory():
     """On the smallest cards: 32 keys of 512 columns, one being read while the next arrives, beside the queries."""
     tile, queries = 32 * 512 * 2, 16 * 384 * 2
-    for name, kernel in compiled("sm_86", extras=True).items():
-        if kernel.launch.name == "k_eq_v_decode_kernel" and kernel.splits_keys:
-            assert kernel.reading.shared_bytes >= 2 * tile + queries, name
+    kernels = compiled("sm_86", extras=True)
+    k_eq_v = {
+        name: kernel for name, kernel in kernels.items() if name.startswith("k_eq_v decode") and kernel.splits_keys
+    }
+    assert len(k_eq_v) == 4  # one row and five, contiguous and paged
+    for name, kernel in k_eq_v.items():
+        assert kernel.reading.shared_bytes >= 2 * tile + queries, name
 
 
 @pytest.mark.parametrize(("architecture", "card"), [("sm_86", "rtx 3060"), ("sm_89", "rtx 4060")])
 def test_decode_of_one_row_is_bound_by_memory_on_paper(architecture, card):
     """Instructions and tensor cores need less time for 128 bytes of cache than the memory does to bring them."""
-    for name, kernel in compiled(architecture).items():
-        if kernel.splits_keys and kernel.shape.rows == 1:
-            cost = static.predict(kernel.reading, cards.find(card))
-            assert cost.binding[0] == "memory", f"{name}: {cost}"
-            assert cost.instructions < cost.budget / 2, f"{name}: {cost}"
+    single = {name: k for name, k in compiled(architecture).items() if k.splits_keys and k.shape.rows == 1}
+    assert len(single) == 4  # head dims 128, 256 and 512, and k_eq_v
+    for name, kernel in single.items():
+        cost = static.predict(kernel.reading, cards.find(card))
+        assert cost.binding[0] == "memory", f"{name}: {cost}"
+        assert cost.instructions < cost.budget / 2, f"{name}: {cost}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
