@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ def meta_weight(scheme: str, shape: tuple[int, int]) -> QuantizedWeight:
     """A weight without numbers."""
     layout = SCHEMES[scheme]
     group = layout.group_sizes[0] if layout.group_sizes else 32
-    tensors = {
+    tensors: dict[str, Any] = {
         name: torch.empty(size, dtype=dtypes[0], device="meta")
         for name, (size, dtypes) in expected_tensors(layout, shape, group).items()
     }
