@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from gemma4_kernels import environment
-from gemma4_kernels.bench import static
+from gemma4_kernels.bench import sass, static
 
 pytest.importorskip("triton")
 if environment.triton_interprets():
     pytest.skip("a process with TRITON_INTERPRET=1 interprets kernels and compiles none", allow_module_level=True)
-if static.cuobjdump() is None:
+if sass.cuobjdump() is None:
     pytest.skip("cuobjdump is not installed", allow_module_level=True)
 
 from dataclasses import replace
