@@ -1,4 +1,4 @@
-"""Common to all tests: one thread, and derandomised hypothesis where CI runs.
+"""Common to all tests: one thread, and derandomised hypothesis.
 
 Triton's kernels have two kinds of tests, in folders named triton_backend. With TRITON_INTERPRET they run on the CPU, in NumPy:
 test_interpreted_*.py. Without it they are compiled, for cards that are not here. Triton decides when it is imported, so each
@@ -7,7 +7,6 @@ kind has a process of its own: `make test` starts both.
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 
 import pytest
@@ -23,9 +22,10 @@ try:
 except ImportError:  # an optional test dependency: tests that need it skip themselves
     pass
 else:
-    hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
-    hypothesis.settings.register_profile("default", deadline=None, max_examples=60)
-    hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+    # The same draws every time; `--hypothesis-profile=explore` draws others.
+    hypothesis.settings.register_profile("repeat", derandomize=True, deadline=None, max_examples=60)
+    hypothesis.settings.register_profile("explore", deadline=None, max_examples=300)
+    hypothesis.settings.load_profile("repeat")
 
 
 # On a machine without a registry the optional libraries may be missing; what needs them is left out, the rest runs.
