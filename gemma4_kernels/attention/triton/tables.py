@@ -109,7 +109,12 @@ _K_EQ_V_ANY = ((512, Config(16, 32, 64, 4, 1, "any pairs rotate: never in a Gemm
 # Products of fp32 run on the ordinary cores, without rounding to tf32: for tests, and for whoever asks for fp32.
 _FP32 = (
     (128, Config(16, 16, 64, 4, 1, "few columns keep four warps busy")),
-    (512, Config(16, 16, 64, 8, 1, "98,304 bytes at 512 columns, one buffer")),
+    (
+        512,
+        Config(
+            16, 16, 64, 8, 1, "98,304 bytes at 512 columns, one buffer; at 256, decode parks two words outside its loop"
+        ),
+    ),
 )
 
 KERNELS = {

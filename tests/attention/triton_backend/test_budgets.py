@@ -27,7 +27,7 @@ if sass.cuobjdump() is None:
 
 # What may wait in local memory, for the reason that stands in the table: bytes of stack, and the share of a loop's instructions
 # that go there.
-PARKED_BYTES = {"k_eq_v decode d512": 96, "k_eq_v prefill d512": 96}
+PARKED_BYTES = {"k_eq_v decode d512": 96, "k_eq_v prefill d512": 96, "decode d256 16/8 heads, 1 rows float32": 8}
 PARKED_SHARE = 0.01
 
 
