@@ -27,7 +27,7 @@ if sass.cuobjdump() is None:
 
 # What may wait in local memory, for the reason that stands in the table: bytes of stack, and the share of a loop's instructions
 # that go there.
-PARKED_BYTES = {"k_eq_v decode d512": 96, "k_eq_v prefill d512": 96, "decode d256 16/8 heads, 1 rows float32": 8}
+PARKED_BYTES = {"k_eq_v decode d512": 96, "k_eq_v prefill d512": 96, "decode d256": 8}
 PARKED_SHARE = 0.01
 
 
@@ -59,7 +59,7 @@ def kernels(request):
 
 
 def assert_nothing_is_spilled(name: str, reading: static.Reading) -> None:
-    allowed = {} if "any pairs" in name else PARKED_BYTES
+    allowed = {} if "any pairs" in name or (name.startswith("decode") and "float32" not in name) else PARKED_BYTES
     parked = next((size for kernel, size in allowed.items() if name.startswith(kernel)), 0)
     assert reading.stack_bytes <= parked, f"{name}: {reading.stack_bytes} bytes of stack"
     for loop in reading.loops:
