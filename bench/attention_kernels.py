@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels.attention.triton import append, flash, k_eq_v
-from gemma4_kernels.attention.triton.call import AttentionCall, Card
-from gemma4_kernels.attention.triton.launch import Launch
+from gemma4_kernels.attention.triton.call import AttentionCall
 from gemma4_kernels.bench.static import CompiledKernel, LazyKernel
+from gemma4_kernels.triton_common.devices import Card
+from gemma4_kernels.triton_common.launch import Launch
 
 _KEYS, _PAGE, _MULTIPROCESSORS = 4096, 16, 28
 

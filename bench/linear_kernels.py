@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from gemma4_kernels.attention.triton.launch import Launch
 from gemma4_kernels.bench.static import CompiledKernel, LazyKernel
 from gemma4_kernels.linear.schemes import SCHEMES, expected_tensors
 from gemma4_kernels.linear.triton import linear
 from gemma4_kernels.linear.weight import QuantizedWeight
+from gemma4_kernels.triton_common.launch import Launch
 
 # The gate of the 12B's MLP, and its head: what most of a token's time goes to.
 _SHAPES = {"gate": (15360, 3840), "head": (262144, 3840)}

@@ -9,15 +9,16 @@ An op here serves inference: its backward raises, with the reason, so that a for
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gemma4_kernels import backends, checks, triton_support
+from gemma4_kernels import backends, checks
 from gemma4_kernels.backends import Call, Implementation
+from gemma4_kernels.op_support import fp32_sums, refuse_backward
+from gemma4_kernels.triton_common import support
 
 DECODE_ROWS = 16
 """Up to here a call is decoding or verifying drafts, and a row's bits depend on nothing but its own keys."""
@@ -229,7 +230,7 @@ FAKES: dict[str, Callable[..., Any]] = {
 def _run(op: str, *arguments: Any) -> Any:
     """Check what the host can see, then let the chosen backend do it."""
     function = _checked(op, *arguments)
-    with _fp32_sums(arguments[0].device.type):
+    with fp32_sums(arguments[0].device.type):
         return function(*arguments)
 
 
@@ -243,7 +244,7 @@ def _append_and_attend(
         q, k_cache, v_cache, cache_seqlens + k.shape[1], cache_leftpad, cache_batch_idx, block_table, *rest
     )  # fmt: skip
     write, read = _checked("append_kv", *append), _checked("flash_attn_kvcache", *attend)
-    with _fp32_sums(q.device.type):
+    with fp32_sums(q.device.type):
         write(*append)
         return read(*attend)
 
@@ -255,20 +256,6 @@ def _checked(op: str, *arguments: Any) -> Callable[..., Any]:
     return backends.dispatch(DESCRIBERS[op](*arguments))
 
 
-def _fp32_sums(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast would run the products inside an op at its own dtype; the op says what dtype they have."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def _refuse_backward(op: str) -> Callable[..., Any]:
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError(f"{op}: gemma4_kernels is for inference, it has no backward; use torch.no_grad()")
-
-    return backward
-
-
 for _op, _schema in SCHEMAS.items():
     _name = f"gemma4_kernels::{_op}"
     _appends = _op == "flash_attn_kvcache_append"
@@ -276,7 +263,7 @@ for _op, _schema in SCHEMAS.items():
     torch.library.impl(_name, "CompositeExplicitAutograd", _append_and_attend if _appends else partial(_run, _op))
     torch.library.register_fake(_name, FAKES[_op])
     if not _appends:  # autograd formulas exist for ops that change none of their arguments
-        torch.library.register_autograd(_name, _refuse_backward(_op))
+        torch.library.register_autograd(_name, refuse_backward(_op))
 
 _ALL_FEATURES = frozenset({"block_ids", "softcap", "window", "paged", "leftpad", "batch_idx", "blocks_beyond_window"})
 
@@ -299,8 +286,8 @@ for _op in DESCRIBERS:
             dtypes=frozenset({torch.bfloat16, torch.float16, torch.float32}),
             features=_ALL_FEATURES,
             max_head_dim=MAX_HEAD_DIM,
-            missing=triton_support.missing,
-            refuses=triton_support.refuses,
-            only_by_name=triton_support.only_by_name,
+            missing=support.missing,
+            refuses=support.refuses,
+            only_by_name=support.only_by_name,
         )
     )

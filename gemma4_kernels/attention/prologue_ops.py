@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma4_kernels import backends, checks, triton_support
-from gemma4_kernels.attention.ops import MAX_HEAD_DIM, _call, _capacity, _fp32_sums
+from gemma4_kernels import backends, checks
+from gemma4_kernels.attention.ops import MAX_HEAD_DIM, _call, _capacity
 from gemma4_kernels.backends import Call, Implementation
+from gemma4_kernels.op_support import fp32_sums
+from gemma4_kernels.triton_common import support
 
 SCHEMAS = {
     "qkv_norm_rope_append": (
@@ -98,7 +100,7 @@ def _run(op: str, *arguments: Any) -> Tensor:
     """Check what the host can see, then let the chosen backend do it."""
     VALUE_CHECKS[op](*arguments)
     function = backends.dispatch(DESCRIBERS[op](*arguments))
-    with _fp32_sums(arguments[0].device.type):
+    with fp32_sums(arguments[0].device.type):
         out: Tensor = function(*arguments)
     return out
 
@@ -130,8 +132,8 @@ for _op, _schema in SCHEMAS.items():
             dtypes=frozenset({torch.bfloat16, torch.float16, torch.float32}),
             features=frozenset({"paged"}),
             max_head_dim=MAX_HEAD_DIM,
-            missing=triton_support.missing,
-            refuses=triton_support.refuses,
-            only_by_name=triton_support.only_by_name,
+            missing=support.missing,
+            refuses=support.refuses,
+            only_by_name=support.only_by_name,
         )
     )

@@ -12,7 +12,8 @@ from gemma4_kernels.bench import validation
 from gemma4_kernels.bench.cases import attention_cases, select
 
 pytest.importorskip("triton")
-from gemma4_kernels.attention.triton import call, tables
+from gemma4_kernels.attention.triton import tables
+from gemma4_kernels.triton_common import devices
 
 pytestmark = pytest.mark.gpu
 
@@ -42,7 +43,7 @@ def test_rows_alone(keys, dtype):
 
 def where_two_sizes_meet(kernel: str, setting: Setting) -> int:
     """A length at which chunks of two sizes meet among 16 rows on this card: 8 keys behind the last of the smallest size."""
-    card = call.card_of(torch.device("cuda", 0))
+    card = devices.card_of(torch.device("cuda", 0))
     config = tables.lookup(kernel, card.architecture, setting.d, setting.dtype)
     smallest = tables.MIN_TILES_OF_A_CHUNK * config.keys
     return tables.splits(card.multiprocessors, setting.hkv) * smallest + 8

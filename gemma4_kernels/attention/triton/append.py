@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma4_kernels.attention.triton.launch import Launch
 from gemma4_kernels.attention.triton.pieces import UNSPECIALISED
+from gemma4_kernels.triton_common.launch import Launch
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels.attention.triton import append, flash, k_eq_v
-from gemma4_kernels.attention.triton.call import AttentionCall, card_of, dense
-from gemma4_kernels.attention.triton.launch import Launch
+from gemma4_kernels.attention.triton.call import AttentionCall, dense
+from gemma4_kernels.triton_common.devices import card_of
+from gemma4_kernels.triton_common.launch import Launch
 
 
 def _run(launches: list[Launch]) -> None:

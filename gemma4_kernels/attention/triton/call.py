@@ -3,37 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gemma4_kernels import backends
-from gemma4_kernels.attention.triton.launch import INTERPRETED
 from gemma4_kernels.attention.triton.pieces import NO_LIMIT
-
-
-class Card(NamedTuple):
-    """What a plan needs to know of a device. The bits of a decode row depend on it, and on nothing else but the row."""
-
-    architecture: str
-    multiprocessors: int
-
-
-# The interpreter walks the paths of a card that people own, an RTX 3060.
-INTERPRETED_CARD = Card("interpreter", 28)
-
-
-def card_of(device: torch.device) -> Card:
-    if INTERPRETED:
-        return INTERPRETED_CARD
-    return Card(backends.architecture_of(device), _multiprocessors(device))
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from gemma4_kernels.attention.triton import tables
-from gemma4_kernels.attention.triton.call import AttentionCall, Card
-from gemma4_kernels.attention.triton.launch import INTERPRETED, Launch
-from gemma4_kernels.attention.triton.pieces import UNSPECIALISED, chunks_of, log_sum, request_of, round_to
+from gemma4_kernels.attention.triton.call import AttentionCall
+from gemma4_kernels.attention.triton.pieces import UNSPECIALISED, chunks_of, log_sum, request_of
 from gemma4_kernels.attention.triton.tables import Config
+from gemma4_kernels.triton_common.devices import Card
+from gemma4_kernels.triton_common.launch import INTERPRETED, Launch
+from gemma4_kernels.triton_common.rounding import round_to
 
 SLOT_BLOCK = 8
 

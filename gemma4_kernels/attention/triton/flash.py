@@ -25,9 +25,8 @@ from torch import Tensor
 
 from gemma4_kernels.attention.ops import DECODE_ROWS
 from gemma4_kernels.attention.triton import tables
-from gemma4_kernels.attention.triton.call import AttentionCall, Card
+from gemma4_kernels.attention.triton.call import AttentionCall
 from gemma4_kernels.attention.triton.combine import Splits, part_of
-from gemma4_kernels.attention.triton.launch import Launch, dot_dtype
 from gemma4_kernels.attention.triton.pieces import (
     ABSENT,
     UNSPECIALISED,
@@ -39,16 +38,17 @@ from gemma4_kernels.attention.triton.pieces import (
     last_of_blocks,
     log_sum,
     online_softmax_step,
-    operand,
     own_block,
     page_and_row,
     plus_product,
     request_of,
-    round_to,
     scaled,
     visible,
 )
 from gemma4_kernels.attention.triton.tables import Config
+from gemma4_kernels.triton_common.devices import Card
+from gemma4_kernels.triton_common.launch import Launch, dot_dtype
+from gemma4_kernels.triton_common.rounding import operand, round_to
 
 
 @triton.jit

@@ -27,9 +27,8 @@ from torch import Tensor
 
 from gemma4_kernels.attention.ops import DECODE_ROWS
 from gemma4_kernels.attention.triton import tables
-from gemma4_kernels.attention.triton.call import AttentionCall, Card
+from gemma4_kernels.attention.triton.call import AttentionCall
 from gemma4_kernels.attention.triton.combine import Splits
-from gemma4_kernels.attention.triton.launch import Launch, dot_dtype
 from gemma4_kernels.attention.triton.pieces import (
     FAR,
     UNSPECIALISED,
@@ -37,12 +36,13 @@ from gemma4_kernels.attention.triton.pieces import (
     chunk_size,
     log_sum,
     online_softmax_step,
-    operand,
     page_and_row,
     plus_product,
-    round_to,
     scaled,
 )
+from gemma4_kernels.triton_common.devices import Card
+from gemma4_kernels.triton_common.launch import Launch, dot_dtype
+from gemma4_kernels.triton_common.rounding import operand, round_to
 
 TURN = tl.constexpr(2.0**64)  # a whole turn as a whole number: products with it drop whole turns by overflowing
 PER_TURN = tl.constexpr(1 / (2 * math.pi))

@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gemma4_kernels.attention.triton.call import dense
-from gemma4_kernels.attention.triton.launch import Launch
-from gemma4_kernels.attention.triton.pieces import round_to, to_fp32
+from gemma4_kernels.triton_common.launch import Launch
+from gemma4_kernels.triton_common.rounding import round_to, to_fp32
 
 # Numbers of a half-head tile: eight for each of 128 threads, 16 bytes of bf16. At head_dim 256 and 512 a head then lies
 # within one warp, and its sum of squares needs no shared memory.

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from gemma4_kernels.attention.triton.launch import INTERPRETED
 from gemma4_kernels.linear.triton import linear, tables
 from gemma4_kernels.linear.weight import QuantizedWeight
-
-_INTERPRETED_MULTIPROCESSORS = 28
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    if INTERPRETED:
-        return _INTERPRETED_MULTIPROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+from gemma4_kernels.triton_common.devices import card_of
 
 
 def product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -30,6 +19,6 @@ def product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
         dense = x.new_empty(weight.shape)
         linear.plan_dequantize(weight, dense).run()
         return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
-    for launch in linear.plan(x, weight, bias, out, _multiprocessors(x.device)):
+    for launch in linear.plan(x, weight, bias, out, card_of(x.device).multiprocessors):
         launch.run()
     return out

@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma4_kernels.attention.triton.launch import Launch, dot_dtype
-from gemma4_kernels.attention.triton.pieces import operand, round_to
 from gemma4_kernels.linear.triton import tables, values
 from gemma4_kernels.linear.triton.values import codes_at, load_high, load_scales, load_words, weights_at
 from gemma4_kernels.linear.weight import QuantizedWeight
+from gemma4_kernels.triton_common.launch import Launch, dot_dtype
+from gemma4_kernels.triton_common.rounding import operand, round_to
 
 DECODE_ROWS = 16
 

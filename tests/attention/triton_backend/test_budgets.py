@@ -17,8 +17,8 @@ if environment.triton_interprets():
 import triton
 
 from gemma4_kernels.attention.triton import tables
-from gemma4_kernels.attention.triton.launch import Launch
 from gemma4_kernels.bench import attention_kernels, cards, sass, static
+from gemma4_kernels.triton_common.launch import Launch
 
 if not triton.__version__.startswith("3.7"):
     pytest.skip(f"budgets are those of Triton 3.7, this is {triton.__version__}", allow_module_level=True)

@@ -20,7 +20,8 @@ pytest.importorskip("triton")
 if not environment.triton_interprets():
     pytest.skip("needs TRITON_INTERPRET=1; `make test` runs it in a second process", allow_module_level=True)
 
-from gemma4_kernels.attention.triton import backend, call, flash, launch
+from gemma4_kernels.attention.triton import backend, call, flash
+from gemma4_kernels.triton_common import devices, launch
 
 
 def drawn(rows: int, keys: int, dim: int = 32, dtype: torch.dtype = torch.float32, seed: int = 0):
@@ -79,7 +80,7 @@ def test_hostile_offsets_reach_nothing_outside(cu_q, cu_k):
         q[0], k[0], v[0], batch=1, num_rows=4, capacity=9, scale=1.0, left=-1, right=0, cu_q=torch.tensor(cu_q),
         cu_k=torch.tensor(cu_k),
     )  # fmt: skip
-    for planned in flash.plan(asked, out[:5], lse[:, :5], call.INTERPRETED_CARD):
+    for planned in flash.plan(asked, out[:5], lse[:, :5], devices.INTERPRETED_CARD):
         planned.run()
     assert bool((out[5:] == 7.0).all())
     assert bool((lse[:, 5:] == 7.0).all())

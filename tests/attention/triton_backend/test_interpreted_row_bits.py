@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 if not environment.triton_interprets():
     pytest.skip("needs TRITON_INTERPRET=1; `make test` runs it in a second process", allow_module_level=True)
 
-from gemma4_kernels.attention.triton import call, tables
+from gemma4_kernels.attention.triton import tables
+from gemma4_kernels.triton_common import devices
 
 DTYPE = torch.bfloat16
 
@@ -34,7 +35,7 @@ K_EQ_V_TWO_SIZES = TWO_SIZES._replace(keys=520)
 
 @pytest.mark.parametrize(("kernel", "setting"), [("decode", TWO_SIZES), ("k_eq_v decode", K_EQ_V_TWO_SIZES)])
 def test_two_sizes_of_chunks_do_meet(kernel, setting):
-    splits = tables.splits(call.INTERPRETED_CARD.multiprocessors, setting.hkv)
+    splits = tables.splits(devices.INTERPRETED_CARD.multiprocessors, setting.hkv)
     smallest = tables.MIN_TILES_OF_A_CHUNK * tables.lookup(kernel, "interpreter", setting.d, DTYPE).keys
     assert setting.keys - row_bits.ROWS < splits * smallest < setting.keys
     assert WINDOW.window > smallest

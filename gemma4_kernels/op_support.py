@@ -1,0 +1,23 @@
+"""What the ops of all families do alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+
+def fp32_sums(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast would run the products inside an op at its own dtype; the op says what dtype they have."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def refuse_backward(op: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError(f"{op}: gemma4_kernels is for inference, it has no backward; use torch.no_grad()")
+
+    return backward
