@@ -23,6 +23,7 @@ from gemma4_kernels.checks import (
     WeightFileError,
 )
 from gemma4_kernels.geometry import GEMMA4_12B, GEMMA4_12B_DRAFTER
+from gemma4_kernels.linear.api import quantized_argmax, quantized_embedding, quantized_geglu, quantized_linear
 from gemma4_kernels.linear.files import open_weights
 from gemma4_kernels.linear.weight import QuantizedWeight
 
@@ -47,5 +48,9 @@ __all__ = [
     "k_eq_v_norm_rope_append",
     "open_weights",
     "qkv_norm_rope_append",
+    "quantized_argmax",
+    "quantized_embedding",
+    "quantized_geglu",
+    "quantized_linear",
     "use_backend",
 ]

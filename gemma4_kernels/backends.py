@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -40,6 +40,11 @@ class Call:
     features: frozenset[str] = frozenset()
     shape_class: str = "any"
     """Calls of one class take the same kernel; what was chosen is logged once for each."""
+    notes: tuple[tuple[str, str], ...] = ()
+    """(backend, what it would do with this call), for `explain` alone."""
+
+    def noting(self, backend: str, note: str) -> Call:
+        return replace(self, notes=(*self.notes, (backend, note)))
 
 
 @dataclass(frozen=True)
@@ -237,6 +242,8 @@ def _survey(call: Call, requested: str | None) -> Explanation:
         else:
             choices.append(Choice(backend, True, "asked for by name" if requested else "first in order that can"))
             taken = True
+        if refusal is None and (note := dict(call.notes).get(backend)):
+            choices[-1] = replace(choices[-1], reason=f"{choices[-1].reason}: {note}")
     return Explanation(call, tuple(choices))
 
 

@@ -21,3 +21,8 @@ def ollama_models() -> Path | None:
     """OLLAMA_MODELS: the folder where Ollama keeps its models, as Ollama itself reads it; None where it is not set."""
     value = os.environ.get("OLLAMA_MODELS", "").strip()
     return Path(value) if value else None
+
+
+def packed_copies() -> bool:
+    """GEMMA4_PACKED_COPIES: whether a backend may keep a second copy of a weight, packed for a library's own kernel."""
+    return os.environ.get("GEMMA4_PACKED_COPIES", "").strip() != "0"

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-ROWS_BYTES = 1 << 18
+ROWS_BYTES = 1 << 21
 """Conversions go over this many bytes of rows at a time: their temporaries stay in the cache, and small beside a weight."""
 
 

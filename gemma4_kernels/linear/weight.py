@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ from gemma4_kernels.linear.formats import awq, bitsandbytes, compressed_tensors,
 from gemma4_kernels.linear.schemes import SCHEMES, SUPER_BLOCK, Layout, Parts, check_sizes, expected_tensors
 
 CLASS = "QuantizedWeight"
+TENSORS = (
+    "codes", "scales", "high", "offsets", "zeros", "group_scales", "table", "scale_table", "scale_scales",
+    "scale_offset", "columns",
+)  # fmt: skip
+"""The fields that are tensors or None, in the order in which ops take them."""
+_ALL = slice(None)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -223,6 +230,17 @@ class QuantizedWeight:
             raise WeightFileError(f"{path}: {error}") from error
 
     @classmethod
+    def from_checked(
+        cls, scheme: str, shape: tuple[int, int], group_size: int, tensors: Sequence[Tensor | None], name: str = ""
+    ) -> QuantizedWeight:
+        """The fields of a weight put together again, `tensors` in the order of TENSORS; nothing is checked a second time."""
+        weight = object.__new__(cls)
+        given = {"scheme": scheme, "shape": shape, "group_size": group_size, "name": name}
+        for field, value in (given | dict(zip(TENSORS, tensors, strict=True))).items():
+            object.__setattr__(weight, field, value)
+        return weight
+
+    @classmethod
     def _made(cls, parts: Parts, name: str) -> QuantizedWeight:
         tensors = {field: planes.dense(tensor) for field, tensor in parts.tensors.items()}
         return cls(parts.scheme, parts.shape, parts.group_size, name=name, **tensors)  # type: ignore[arg-type]
@@ -248,8 +266,8 @@ class QuantizedWeight:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that it has, by the names of its fields."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        found = {name: getattr(self, name) for name in TENSORS}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def __repr__(self) -> str:
         named = f"{self.name!r}, " if self.name else ""
@@ -286,26 +304,25 @@ class QuantizedWeight:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise DTypeError(f"{CLASS}.dequantize: dtype must be bfloat16, float16 or float32, got {dtype}")
         N, K = self.shape
-        made = planes.by_rows(N, 4 * K, lambda first, last: {"w": self._rows(first, last).to(dtype)})
+        made = planes.by_rows(N, 4 * K, lambda first, last: {"w": self.rows(slice(first, last)).to(dtype)})
         return made["w"]
 
-    def _rows(self, first: int, last: int) -> Tensor:
-        """Rows first up to last, fp32 (rows, K)."""
-        rows = slice(first, last)
+    def rows(self, rows: slice | Tensor) -> Tensor:
+        """Some rows of W, fp32 (R, K): a slice of step 1, or their numbers (R,) int64, which must exist."""
         K = self.shape[1]
         bits = self.layout.bits
         if bits == 8:
             codes = self.codes[rows]
         else:
             codes = planes.join(self.codes[rows], None if self.high is None else self.high[rows], bits)
-        codes = codes.view(last - first, -1, self.group_size)  # (rows, G, group_size)
-        scale = self._scale_rows(first, last)[:, :, None]
+        codes = codes.view(codes.shape[0], -1, self.group_size)  # (rows, G, group_size)
+        scale = self.group_scale(rows)[:, :, None]
         if self.table is not None:
             values = scale * self.table[codes.int()]
         elif self.zeros is not None:
             values = scale * (codes.to(torch.int16) - self.zeros[rows, :, None]).float()
         elif self.offsets is not None:
-            values = (scale * codes.float()).add_(self._offset_rows(first, last)[:, :, None])
+            values = (scale * codes.float()).add_(self.group_offset(rows)[:, :, None])
         else:
             values = scale * (codes.to(torch.int16) - self.layout.zero).float()
         values = values.view(-1, K)
@@ -315,15 +332,15 @@ class QuantizedWeight:
         restored[:, self.columns.long()] = values
         return restored
 
-    def _scale_rows(self, first: int, last: int) -> Tensor:
-        """The scale of each group, fp32 (rows, G)."""
-        scales = self.scales[first:last]
+    def group_scale(self, rows: slice | Tensor = _ALL) -> Tensor:
+        """The scale of each group, fp32 (R, G); rows as in `rows`."""
+        scales = self.scales[rows]
         if self.layout.scales == "int8":
             assert self.group_scales is not None
-            inner = self.group_scales[first:last].view(*scales.shape, -1)  # (rows, S, groups of 256 columns)
+            inner = self.group_scales[rows].view(*scales.shape, -1)  # (rows, S, groups of 256 columns)
             return (scales.float()[:, :, None] * inner.float()).flatten(1)
         if self.layout.scales == "six_bit":
-            return (scales.float()[:, :, None] * self._six_bits(first, last, 0)).flatten(1)
+            return (scales.float()[:, :, None] * self._six_bits(rows, 0)).flatten(1)
         if self.layout.scales == "e8m0":
             # The bits of 2**(e - 128): an exponent, but for the two smallest, which are subnormal.
             e = scales.int()
@@ -333,23 +350,24 @@ class QuantizedWeight:
             assert self.scale_scales is not None
             assert self.scale_offset is not None
             groups = scales.shape[1]
-            block = torch.arange(first * groups, last * groups, device=self.device) // SUPER_BLOCK
-            looked_up = self.scale_table[scales.int()] * self.scale_scales[block].view(-1, groups)
+            row = torch.arange(self.shape[0], device=self.device)[rows]
+            block = (row[:, None] * groups + torch.arange(groups, device=self.device)) // SUPER_BLOCK  # (R, G)
+            looked_up = self.scale_table[scales.int()] * self.scale_scales[block]
             return looked_up + self.scale_offset
         return scales.float()
 
-    def _offset_rows(self, first: int, last: int) -> Tensor:
-        """The offset of each group, fp32 (rows, G)."""
+    def group_offset(self, rows: slice | Tensor = _ALL) -> Tensor:
+        """The offset of each group of an "offsets" layout, fp32 (R, G); rows as in `rows`."""
         assert self.offsets is not None
-        offsets = self.offsets[first:last].float()
+        offsets = self.offsets[rows].float()
         if self.layout.scales != "six_bit":
             return offsets
-        return -(offsets[:, :, None] * self._six_bits(first, last, 1)).flatten(1)
+        return -(offsets[:, :, None] * self._six_bits(rows, 1)).flatten(1)
 
-    def _six_bits(self, first: int, last: int, which: int) -> Tensor:
+    def _six_bits(self, rows: slice | Tensor, which: int) -> Tensor:
         """The 6-bit scales (which = 0) or minima (1) of the groups, fp32 (rows, S, 8)."""
         assert self.group_scales is not None
-        words = self.group_scales[first:last]
+        words = self.group_scales[rows]
         step = torch.arange(8, dtype=torch.int32, device=self.device)
         low = (words[:, :, which, None] >> (4 * step)) & 15
         upper = (words[:, :, 2, None] >> (16 * which + 2 * step)) & 3

@@ -52,17 +52,17 @@ def test_a_fused_multiply_add_gives_the_same_bits(type_name):
     weight, _ = read(type_name, N=64)
     codes = weight.unpacked_codes().view(64, -1, weight.group_size)
     factors = codes.double() - weight.layout.zero if weight.table is None else weight.table[codes.int()].double()
-    exact = weight._scale_rows(0, 64).double()[:, :, None] * factors
+    exact = weight.group_scale().double()[:, :, None] * factors
     if weight.offsets is not None:
-        exact = exact + weight._offset_rows(0, 64).double()[:, :, None]
+        exact = exact + weight.group_offset().double()[:, :, None]
     assert torch.equal(exact.float().flatten(1), weight.dequantize())
     d = weight.scales.double()
     if weight.layout.scales == "six_bit":  # d and dmin times 6 bits are exact too
         assert torch.equal(
-            weight._scale_rows(0, 64).double().view(64, -1, 8), d[:, :, None] * weight._six_bits(0, 64, 0).double()
+            weight.group_scale().double().view(64, -1, 8), d[:, :, None] * weight._six_bits(slice(None), 0).double()
         )
-        minimum = weight.offsets.double()[:, :, None] * weight._six_bits(0, 64, 1).double()
-        assert torch.equal(weight._offset_rows(0, 64).double().view(64, -1, 8), -minimum)
+        minimum = weight.offsets.double()[:, :, None] * weight._six_bits(slice(None), 1).double()
+        assert torch.equal(weight.group_offset().double().view(64, -1, 8), -minimum)
 
 
 def test_infinite_and_nan_scales_pass_through_as_in_gguf():
