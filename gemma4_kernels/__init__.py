@@ -25,6 +25,8 @@ from gemma4_kernels.checks import (
 from gemma4_kernels.geometry import GEMMA4_12B, GEMMA4_12B_DRAFTER
 from gemma4_kernels.linear.api import quantized_argmax, quantized_embedding, quantized_geglu, quantized_linear
 from gemma4_kernels.linear.files import open_weights
+from gemma4_kernels.linear.modules import QuantizedEmbedding, QuantizedLinear
+from gemma4_kernels.linear.replace import replace_linear
 from gemma4_kernels.linear.weight import QuantizedWeight
 
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
     "DTypeError",
     "DeviceError",
     "FormatError",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
     "QuantizedWeight",
     "RingCache",
     "ShapeError",
@@ -52,5 +56,6 @@ __all__ = [
     "quantized_embedding",
     "quantized_geglu",
     "quantized_linear",
+    "replace_linear",
     "use_backend",
 ]

