@@ -46,7 +46,7 @@ class QuantizedTensors(nn.Module):
             moved = fn(tensor.view(_INTEGER_OF_SIZE[tensor.element_size()]))
             return moved.view(tensor.dtype)
 
-        super()._apply(of_bits, recurse)
+        super()._apply(of_bits, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:

@@ -73,7 +73,7 @@ def replace_linear(
         if target is None:
             continue
         module = model.get_submodule(target)
-        plan[name] = groups[id(module.weight)]
+        plan[name] = groups[id(_dense(module))]
         for each in plan[name]:
             if each in owner:
                 raise ValueError(f"{FUNCTION}: {each} must have one weight, got {owner[each]} and {name}")
@@ -130,11 +130,17 @@ def _modules_by_parameter(model: nn.Module) -> dict[int, list[str]]:
     groups: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            groups.setdefault(id(module.weight), []).append(path)
+            groups.setdefault(id(_dense(module)), []).append(path)
     return groups
 
 
 # Modules ------------------------------------------------------------------------------------------------------------
+
+
+def _dense(module: nn.Module) -> Tensor:
+    """The weight of an nn.Linear or nn.Embedding."""
+    weight: Any = module.weight
+    return weight  # type: ignore[no-any-return]
 
 
 def _check_replaceable(path: str, module: nn.Module) -> None:
@@ -154,7 +160,7 @@ def _shape(weights: Any, name: str) -> tuple[int, ...] | None:
 
 
 def _check_shape(name: str, shape: tuple[int, ...], path: str, module: nn.Module) -> None:
-    expected = tuple(module.weight.shape)
+    expected = tuple(_dense(module).shape)
     if tuple(shape) != expected:
         raise ShapeError(f"{FUNCTION}: {name} must have shape {expected} for {path}, got {tuple(shape)}")
 
@@ -163,7 +169,7 @@ def _replace(model: nn.Module, paths: list[str], weight: QuantizedWeight, name: 
     modules = [model.get_submodule(path) for path in paths]
     for path, module in zip(paths, modules, strict=True):
         _check_shape(name, weight.shape, path, module)
-    dense: Tensor = modules[0].weight
+    dense = _dense(modules[0])
     if dense.device.type != "meta":
         weight = weight.to(dense.device)
     shared: Any = weight
