@@ -25,6 +25,7 @@ import gemma4_kernels
 from gemma4_kernels.bench import attention_work, baselines
 from gemma4_kernels.bench import inputs as draw
 from gemma4_kernels.bench.attention_calls import DTYPES, INPUTS, Inputs, Result, evaluate, key_lengths, row_counts
+from gemma4_kernels.bench.linear_cases import LINEAR_OPS, LinearCase, linear_bench_cases, linear_cases
 from gemma4_kernels.geometry import GEMMA4_12B
 
 # Beyond this many operations the reference, fp64 on the CPU with whole score matrices, takes minutes or all memory, and a
@@ -49,6 +50,7 @@ class Case(Protocol):
     @property
     def seed(self) -> int: ...
     def inputs(self, device: str | torch.device = "cpu") -> Inputs: ...
+    def arguments(self, made: Inputs) -> dict[str, Any]: ...
     def run(self, made: Inputs) -> tuple[Tensor, ...]: ...
     def reference(self, made: Inputs) -> tuple[Tensor, ...]: ...
     def plain(self, made: Inputs) -> tuple[Tensor, ...]: ...
@@ -156,9 +158,13 @@ class AttentionCase:
         return zlib.crc32(str(self).encode())
 
     def inputs(self, device: str | torch.device = "cpu") -> Inputs:
-        """Keyword arguments of the public function, on a device."""
+        """Tensors and plain values by name, on a device; here the keyword arguments of the public function."""
         made = INPUTS[self.op](self, draw.generator(self.seed))
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in made.items()}
+
+    def arguments(self, made: Inputs) -> dict[str, Any]:
+        """What `inputs` made, as keyword arguments of the public function."""
+        return made
 
     def run(self, made: Inputs) -> Result:
         """The public function; the caller chooses the backend. out and lse."""
@@ -409,9 +415,10 @@ def attention_bench_cases() -> tuple[AttentionCase, ...]:
 
 # family -> its lists; and the class that a case string's op belongs to.
 FAMILIES: dict[str, tuple[Callable[[], tuple[Case, ...]], ...]] = {
-    "attention": (attention_cases, attention_bench_cases)
+    "attention": (attention_cases, attention_bench_cases),
+    "linear": (linear_cases, linear_bench_cases),
 }
-CASE_TYPES: dict[str, Any] = dict.fromkeys(INPUTS, AttentionCase)
+CASE_TYPES: dict[str, Any] = dict.fromkeys(INPUTS, AttentionCase) | dict.fromkeys(LINEAR_OPS, LinearCase)
 
 
 def all_cases() -> list[Case]:

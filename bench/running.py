@@ -21,7 +21,6 @@ import torch
 from gemma4_kernels import backends
 from gemma4_kernels._version import __version__
 from gemma4_kernels.bench import ceilings, machine, records
-from gemma4_kernels.bench.baselines import NAMES as BASELINES
 from gemma4_kernels.bench.cases import Case
 from gemma4_kernels.bench.errors import judge
 from gemma4_kernels.bench.timing import (
@@ -183,10 +182,7 @@ def _add_baselines(entry: _Entry, sets: list[dict[str, Any]]) -> None:
     case = entry.case
     first = case.baselines(sets[0])
     expected = plain = None
-    for name in BASELINES:
-        ready = first.get(name)
-        if ready is None:
-            continue
+    for name, ready in first.items():
         if isinstance(ready, str):
             entry.rows.append(_row(case, name, "baseline", "skipped", ready))
             continue

@@ -157,7 +157,8 @@ def _run(case: Case, name: str, made: Inputs, expected_inputs: Inputs, device: t
 
 def _refusal(case: Case, name: str, made: Inputs, device: torch.device) -> str | None:
     """Why the backend cannot serve the call, None if it can; it has been asked for by name."""
-    explanation = backends.explain(case.op, **{key: _stand_in(value, device) for key, value in made.items()})
+    stand_ins = {key: _stand_in(value, device) for key, value in made.items()}
+    explanation = backends.explain(case.op, **case.arguments(stand_ins))
     if explanation.taken == name:
         return None
     return next(choice.reason for choice in explanation.choices if choice.backend == name)

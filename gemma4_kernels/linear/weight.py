@@ -315,7 +315,7 @@ class QuantizedWeight:
             codes = self.codes[rows]
         else:
             codes = planes.join(self.codes[rows], None if self.high is None else self.high[rows], bits)
-        codes = codes.view(codes.shape[0], -1, self.group_size)  # (rows, G, group_size)
+        codes = codes.view(codes.shape[0], K // self.group_size, self.group_size)  # (rows, G, group_size)
         scale = self.group_scale(rows)[:, :, None]
         if self.table is not None:
             values = scale * self.table[codes.int()]
@@ -337,7 +337,9 @@ class QuantizedWeight:
         scales = self.scales[rows]
         if self.layout.scales == "int8":
             assert self.group_scales is not None
-            inner = self.group_scales[rows].view(*scales.shape, -1)  # (rows, S, groups of 256 columns)
+            inner = self.group_scales[rows].view(
+                *scales.shape, SUPER_BLOCK // self.group_size
+            )  # (rows, S, groups of 256 columns)
             return (scales.float()[:, :, None] * inner.float()).flatten(1)
         if self.layout.scales == "six_bit":
             return (scales.float()[:, :, None] * self._six_bits(rows, 0)).flatten(1)

@@ -246,6 +246,7 @@ def test_embedding_is_a_row_of_the_weight(scheme):
     for dtype in DTYPES:
         assert torch.equal(quantized_embedding(ids, weight, dtype), weight.dequantize(dtype)[ids])
     assert quantized_embedding(ids.int(), weight).dtype == torch.bfloat16
+    assert quantized_embedding(ids[:0], weight).shape == (0, 3, weight.shape[1])
 
 
 class Largest(TorchDispatchMode):
