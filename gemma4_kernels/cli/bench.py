@@ -2,7 +2,7 @@
 
 Results go to stdout, progress to stderr.
 
-    gemma4-kernels bench --quick                       nine cases, a minute or two on a CPU
+    gemma4-kernels bench --quick                       fifteen cases, a minute or two on a CPU
     gemma4-kernels bench --save a.json --plot a.png    the same rows as a record and a picture
     gemma4-kernels bench show a.json -o csv            a record as a table
     gemma4-kernels bench compare a.json b.json         SAME, FAST or SLOW for each row
