@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels import checks
-from gemma4_kernels.checks import DTypeError, WeightFileError
+from gemma4_kernels.checks import DTypeError, ShapeError, WeightFileError
 from gemma4_kernels.linear import planes, quantization, saving
 from gemma4_kernels.linear.formats import awq, bitsandbytes, compressed_tensors, gguf, gptq, mlx
 from gemma4_kernels.linear.schemes import SCHEMES, SUPER_BLOCK, Layout, Parts, check_sizes, expected_tensors
@@ -221,6 +221,40 @@ class QuantizedWeight:
         return cls._made(quantization.quantize(w, scheme), name)
 
     @classmethod
+    def concatenate(cls, weights: Sequence[QuantizedWeight], *, name: str = "") -> QuantizedWeight:
+        """One weight whose rows are those of several, in their order: q, k and v as one product. Nothing is rounded again.
+
+        Compares values that the weights have to share (tables, permuted columns), so on a GPU it waits for the device: for
+        the time when a model is loaded.
+
+        Args:
+            weights: of one scheme, K, group size and device, with tensors of the same dtypes, the same tables and the same
+                columns. Nested: one scale serves 256 groups that lie in a row, so N * G must be a multiple of 256 in all but
+                the last, and the nested scales must have one table and one offset.
+            name: what messages call it.
+        Raises: ShapeError, DTypeError, DeviceError, ValueError.
+        """
+        if not weights:
+            raise ValueError(f"{CLASS}.concatenate: weights must hold at least one weight, got none")
+        first = weights[0]
+        for index, other in enumerate(weights):
+            _check_alike(f"weights[{index}]", first, other)
+        if first.layout.scales == "nested":
+            for index, weight in enumerate(weights[:-1]):
+                if weight.scales.numel() % SUPER_BLOCK:
+                    N, G = weight.scales.shape
+                    raise ValueError(
+                        f"{CLASS}.concatenate: weights[{index}] must have a multiple of {SUPER_BLOCK} groups, which share a "
+                        f"nested scale, or the next weight's groups would share its last one; got {N} x {G} = {N * G}"
+                    )
+        tensors = {
+            field: tensor if field in _SHARED else torch.cat([weight.tensors()[field] for weight in weights])
+            for field, tensor in first.tensors().items()
+        }
+        shape = (sum(weight.shape[0] for weight in weights), first.shape[1])
+        return cls._made(Parts(first.scheme, shape, first.group_size, tensors), name)
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> QuantizedWeight:
         """A weight that `save` wrote. Raises WeightFileError for any other file, pickles among them."""
         parts, name = saving.load(path)
@@ -374,3 +408,30 @@ class QuantizedWeight:
         low = (words[:, :, which, None] >> (4 * step)) & 15
         upper = (words[:, :, 2, None] >> (16 * which + 2 * step)) & 3
         return (low + 16 * upper).float()
+
+
+# Fields without a row for each output.
+_SHARED = ("table", "scale_table", "scale_offset", "columns")
+
+
+def _check_alike(name: str, first: QuantizedWeight, other: QuantizedWeight) -> None:
+    """That the rows of `other` may follow those of `first` in one weight."""
+    function = f"{CLASS}.concatenate"
+    for what, expected, got in (
+        ("scheme", first.scheme, other.scheme),
+        ("group_size", first.group_size, other.group_size),
+    ):
+        if got != expected:
+            raise ValueError(f"{function}: {name} must have {what} {expected} as weights[0] has, got {got}")
+    if other.shape[1] != first.shape[1]:
+        raise ShapeError(f"{function}: {name} must have K = {first.shape[1]} as weights[0] has, got {other.shape[1]}")
+    mine, theirs = first.tensors(), other.tensors()
+    if mine.keys() != theirs.keys():  # within a scheme only columns may be absent
+        with_columns = "weights[0]" if first.columns is not None else name
+        raise ValueError(f"{function}: {name} must have columns if weights[0] has; only {with_columns} has them")
+    for field, tensor in mine.items():
+        checks.has_dtype(function, f"{name}.{field}", theirs[field], (tensor.dtype,))
+    checks.same_device(function, **{"weights[0]": first.codes, name: other.codes})
+    for field in _SHARED:
+        if field in mine and not torch.equal(mine[field], theirs[field]):
+            raise ValueError(f"{function}: {name} must have the {field} of weights[0], got another")

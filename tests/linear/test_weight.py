@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from linear_helpers import GGUF_BLOCKS, bitsandbytes_layer, compressed_tensors_layer, gguf_rows, gptq_layer
+from linear_weights import random_weight
 
 from gemma4_kernels import DTypeError, QuantizedWeight, ShapeError, StrideError, WeightFileError
 from gemma4_kernels.linear import planes
+from gemma4_kernels.linear.schemes import SCHEMES
 
 
 def some_weights() -> list[QuantizedWeight]:
@@ -185,3 +187,66 @@ def test_a_single_group_a_row_is_dense_too(tmp_path):
     ):
         assert all(tensor.stride(-1) == 1 for tensor in weight.tensors().values())
         weight.save(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_concatenated_weights_have_the_rows_of_all(scheme):
+    K = 512 if SCHEMES[scheme].scales in ("int8", "six_bit") else 256
+    parts = [
+        random_weight(scheme, (rows, K), seed=rows) for rows in (64, 32, 7)
+    ]  # 64 and 32 rows of 8 groups: 512, 256
+    shared = ("table", "scale_table", "scale_offset")
+    parts = [replace(part, **{name: getattr(parts[0], name) for name in shared}) for part in parts]
+    whole = QuantizedWeight.concatenate(parts, name="qkv")
+    assert (whole.shape, whole.name, whole.group_size) == ((103, K), "qkv", parts[0].group_size)
+    assert torch.equal(whole.dequantize(), torch.cat([part.dequantize() for part in parts]))
+    assert whole.nbytes <= sum(part.nbytes for part in parts)
+
+
+def test_concatenated_weights_keep_their_columns():
+    order = torch.randperm(160, generator=torch.Generator().manual_seed(3)).to(torch.int32)
+    parts = [replace(random_weight("GPTQ", seed=seed), columns=order.clone()) for seed in (1, 2)]
+    whole = QuantizedWeight.concatenate(parts)
+    assert torch.equal(whole.dequantize(), torch.cat([part.dequantize() for part in parts]))
+
+
+def test_one_weight_concatenated_is_itself():
+    for weight in some_weights():
+        assert torch.equal(QuantizedWeight.concatenate([weight]).dequantize(), weight.dequantize())
+
+
+def test_weights_that_are_not_alike_are_not_concatenated():
+    order = torch.arange(160, dtype=torch.int32)
+    gptq, nested, table = random_weight("GPTQ"), random_weight("NF4_NESTED", (64, 256)), random_weight("IQ4_NL")
+    w4a16 = random_weight("W4A16", (8, 320), 32)
+    refused = [
+        ([], ValueError, "at least one weight"),
+        (
+            [random_weight("Q4_0"), random_weight("Q4_1")],
+            ValueError,
+            r"weights\[1\] must have scheme Q4_0 .*, got Q4_1",
+        ),
+        ([random_weight("Q4_0"), random_weight("Q4_0", (8, 320))], ShapeError, "must have K = 160 .*, got 320"),
+        ([w4a16, w4a16, random_weight("W4A16", (8, 320), 64)], ValueError, r"weights\[2\] must have group_size 32"),
+        ([w4a16, replace(w4a16, scales=w4a16.scales.float())], DTypeError, r"weights\[1\].scales must be bfloat16"),
+        ([w4a16, w4a16.to("meta")], ValueError, "must be on cpu like"),
+        ([gptq, replace(gptq, columns=order)], ValueError, r"only weights\[1\] has them"),
+        ([replace(gptq, columns=order), gptq], ValueError, r"only weights\[0\] has them"),
+        (
+            [replace(gptq, columns=order), replace(gptq, columns=order.flip(0).contiguous())],
+            ValueError,
+            "the columns of",
+        ),
+        ([table, replace(table, table=table.table + 1)], ValueError, "the table of"),
+        ([nested, replace(nested, scale_table=nested.scale_table + 1)], ValueError, "the scale_table of"),
+        ([nested, replace(nested, scale_offset=nested.scale_offset + 1)], ValueError, "the scale_offset of"),
+    ]
+    for weights, error, message in refused:
+        with pytest.raises(error, match=message):
+            QuantizedWeight.concatenate(weights)
+
+
+def test_nested_scales_that_would_be_shared_across_weights_are_refused():
+    part = random_weight("NF4_NESTED", (33, 256))  # 264 groups of 32 columns
+    with pytest.raises(ValueError, match=r"weights\[0\] must have a multiple of 256 groups.*got 33 x 8 = 264"):
+        QuantizedWeight.concatenate([part, part])

@@ -22,12 +22,44 @@ import triton.language as tl
 from torch import Tensor
 
 from gemma4_kernels.linear.triton import tables, values
-from gemma4_kernels.linear.triton.values import codes_at, load_high, load_scales, load_words, weights_at
+from gemma4_kernels.linear.triton.values import load_tile, weights_at
 from gemma4_kernels.linear.weight import QuantizedWeight
 from gemma4_kernels.triton_common.launch import Launch, dot_dtype
 from gemma4_kernels.triton_common.rounding import operand, round_to
 
 DECODE_ROWS = 16
+
+
+@triton.jit
+def product_of_tile(
+    x_ptr, codes_ptr, high_ptr, scales_ptr, offsets_ptr, zeros_ptr, group_scales_ptr, table_ptr,
+    scale_table_ptr, scale_scales_ptr, scale_offset_ptr, n, m, M, N, begin, end,
+    K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr, SCALES: tl.constexpr,
+    ZERO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr, STAGES: tl.constexpr,
+    DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_N, BLOCK_M) fp32: outputs n of rows m, from the words begin up to end of every row of the weight."""
+    IN_ROW: tl.constexpr = K // (4 if BITS == 8 else 8)
+    row = tl.minimum(n, N - 1).to(tl.int64)  # beyond the weight its last row is read again, and not stored
+    accumulated = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for first in tl.range(begin, end, WORDS, num_stages=STAGES):
+        word = first + tl.arange(0, WORDS)
+        words, high, scale, shift = load_tile(
+            codes_ptr, high_ptr, scales_ptr, offsets_ptr, zeros_ptr, group_scales_ptr, scale_table_ptr,
+            scale_scales_ptr, scale_offset_ptr, row, n < N, first, word, K, GROUP, BITS, VALUES, SCALES, ZERO,
+        )  # fmt: skip
+        for position in tl.static_range(4 if BITS == 8 else 8):
+            w = weights_at(words, high, scale, shift, word, position, table_ptr, BITS, VALUES)
+            x = load_x(x_ptr, position, m, M, word, IN_ROW).to(DOT_DTYPE)  # (WORDS, BLOCK_M)
+            accumulated = tl.dot(operand(w, DTYPE, DOT_DTYPE), x, accumulated, input_precision="ieee")
+    return accumulated
+
+
+@triton.jit
+def load_x(x_ptr, position, m, M, word, IN_ROW: tl.constexpr):
+    """(WORDS, BLOCK_M): x, taken apart, at one column position of every word."""
+    x_row = x_ptr + (position * M + m).to(tl.int64) * IN_ROW  # (BLOCK_M,)
+    return tl.load(x_row[None, :] + word[:, None], mask=(m < M)[None, :] & (word < IN_ROW)[:, None], other=0.0)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -39,31 +71,17 @@ def linear_kernel(
     STAGES: tl.constexpr, DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of N, tiles of M, SPLITS). With SPLITS > 1, out is the partial sums and there is no bias."""
-    PER_WORD: tl.constexpr = 4 if BITS == 8 else 8
-    IN_ROW: tl.constexpr = K // PER_WORD
+    IN_ROW: tl.constexpr = K // (4 if BITS == 8 else 8)
     # A piece is whole tiles of words; the last may be shorter.
     PIECE: tl.constexpr = ((IN_ROW + WORDS - 1) // WORDS + SPLITS - 1) // SPLITS * WORDS
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = tl.minimum(n, N - 1).to(tl.int64)  # beyond the weight its last row is read again, and not stored
     begin = tl.program_id(2) * PIECE
-    accumulated = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for first in tl.range(begin, tl.minimum(begin + PIECE, IN_ROW), WORDS, num_stages=STAGES):
-        word = first + tl.arange(0, WORDS)
-        inside = (n < N)[:, None] & (word < IN_ROW)[None, :]
-        words = load_words(codes_ptr, row, word, inside, K, BITS)
-        high = load_high(high_ptr, row, word, inside, K, BITS)
-        scale, shift = load_scales(
-            scales_ptr, offsets_ptr, zeros_ptr, group_scales_ptr, scale_table_ptr, scale_scales_ptr, scale_offset_ptr,
-            row, n < N, first, word, inside, K, GROUP, BITS, VALUES, SCALES, ZERO,
-        )  # fmt: skip
-        for position in tl.static_range(PER_WORD):
-            code = codes_at(words, high, word, position, BITS)
-            w = operand(weights_at(code, scale, shift, table_ptr, VALUES), DTYPE, DOT_DTYPE)  # (BLOCK_N, WORDS)
-            x_row = x_ptr + (position * M + m).to(tl.int64) * IN_ROW  # (BLOCK_M,)
-            x_mask = (m < M)[None, :] & (word < IN_ROW)[:, None]
-            x = tl.load(x_row[None, :] + word[:, None], mask=x_mask, other=0.0).to(DOT_DTYPE)  # (WORDS, BLOCK_M)
-            accumulated = tl.dot(w, x, accumulated, input_precision="ieee")
+    accumulated = product_of_tile(
+        x_ptr, codes_ptr, high_ptr, scales_ptr, offsets_ptr, zeros_ptr, group_scales_ptr, table_ptr,
+        scale_table_ptr, scale_scales_ptr, scale_offset_ptr, n, m, M, N, begin, tl.minimum(begin + PIECE, IN_ROW),
+        K, GROUP, BITS, VALUES, SCALES, ZERO, BLOCK_M, BLOCK_N, WORDS, STAGES, DTYPE, DOT_DTYPE,
+    )  # fmt: skip
     out = out_ptr + (tl.program_id(2) * M + m).to(tl.int64)[None, :] * N + n[:, None]
     mask = (n < N)[:, None] & (m < M)[None, :]
     if bias_ptr is not None:
@@ -97,14 +115,12 @@ def dequantize_kernel(
     row = n.to(tl.int64)
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     inside = (n < N)[:, None] & (word < K // PER_WORD)[None, :]
-    words = load_words(codes_ptr, row, word, inside, K, BITS)
-    high = load_high(high_ptr, row, word, inside, K, BITS)
-    scale, shift = load_scales(
-        scales_ptr, offsets_ptr, zeros_ptr, group_scales_ptr, scale_table_ptr, scale_scales_ptr, scale_offset_ptr,
-        row, n < N, tl.program_id(1) * WORDS, word, inside, K, GROUP, BITS, VALUES, SCALES, ZERO,
+    words, high, scale, shift = load_tile(
+        codes_ptr, high_ptr, scales_ptr, offsets_ptr, zeros_ptr, group_scales_ptr, scale_table_ptr, scale_scales_ptr,
+        scale_offset_ptr, row, n < N, tl.program_id(1) * WORDS, word, K, GROUP, BITS, VALUES, SCALES, ZERO,
     )  # fmt: skip
     for position in tl.static_range(PER_WORD):
-        w = weights_at(codes_at(words, high, word, position, BITS), scale, shift, table_ptr, VALUES)
+        w = weights_at(words, high, scale, shift, word, position, table_ptr, BITS, VALUES)
         place = out_ptr + row[:, None] * K + (word * PER_WORD + position)[None, :]
         tl.store(place, round_to(w, out_ptr.dtype.element_ty), mask=inside)
 
@@ -117,19 +133,14 @@ def plan(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, out: Tensor, m
     rows, (N, K) = x.shape[0], weight.shape
     config = tables.lookup(rows, N, x.dtype)
     splits = tables.splits(N, K, config, multiprocessors) if rows <= DECODE_ROWS else 1
-    per_word = 4 if weight.layout.bits == 8 else 8
-    apart = x.unflatten(1, (K // per_word, per_word)).permute(2, 0, 1).contiguous()  # (PER_WORD, M, K / PER_WORD)
     target = out if splits == 1 else out.new_empty((splits, rows, N), dtype=torch.float32)
     arguments: dict[str, Any] = {
-        "x_ptr": apart, "out_ptr": target, "bias_ptr": bias if splits == 1 else None, "M": rows, "N": N,
+        "x_ptr": values.taken_apart(x, weight), "out_ptr": target, "bias_ptr": bias if splits == 1 else None, "M": rows, "N": N,
         **values.arguments(weight),
     }  # fmt: skip
-    constants = {
-        **values.constants(weight), "SPLITS": splits, "BLOCK_M": config.rows, "BLOCK_N": config.outputs,
-        "WORDS": config.words, "STAGES": config.stages, "DTYPE": _element(x.dtype), "DOT_DTYPE": dot_dtype(x.dtype),
-    }  # fmt: skip
+    constants = {**tile_constants(weight, config, x.dtype), "SPLITS": splits}
     grid = (triton.cdiv(N, config.outputs), triton.cdiv(rows, config.rows), splits)
-    launches = [Launch(linear_kernel, grid, arguments, constants, config.warps, _fusion(weight))]
+    launches = [Launch(linear_kernel, grid, arguments, constants, config.warps, fusion(weight))]
     if splits > 1:
         launches.append(
             Launch(
@@ -150,10 +161,18 @@ def plan_dequantize(weight: QuantizedWeight, out: Tensor) -> Launch:
     grid = (triton.cdiv(N, block.outputs), triton.cdiv(K // per_word, block.words))
     constants = {**values.constants(weight), "BLOCK_N": block.outputs, "WORDS": block.words}
     arguments = {"out_ptr": out, "N": N, **values.arguments(weight)}
-    return Launch(dequantize_kernel, grid, arguments, constants, block.warps, _fusion(weight))
+    return Launch(dequantize_kernel, grid, arguments, constants, block.warps, fusion(weight))
 
 
-def _fusion(weight: QuantizedWeight) -> bool:
+def tile_constants(weight: QuantizedWeight, config: tables.Config, dtype: torch.dtype) -> dict[str, Any]:
+    """What every kernel that multiplies is compiled for: the weight's layout, a tile's sizes, x's dtype."""
+    return {
+        **values.constants(weight), "BLOCK_M": config.rows, "BLOCK_N": config.outputs, "WORDS": config.words,
+        "STAGES": config.stages, "DTYPE": _element(dtype), "DOT_DTYPE": dot_dtype(dtype),
+    }  # fmt: skip
+
+
+def fusion(weight: QuantizedWeight) -> bool:
     """Whether multiply-adds may be fused: where a product is exact in fp32, or there is no sum behind it."""
     wide = weight.layout.values == "offsets" and weight.scales.dtype == torch.float32
     return not (wide or weight.layout.scales == "nested")

@@ -35,11 +35,28 @@ _16_BIT = (
 )
 _32_BIT = ((1 << 30, Config(16, 32, 16, 4, 1, "products of fp32 run on the ordinary cores: for tests")),)
 
-# From so many rows on the weight is written out once in x's dtype and the library multiplies: making a weight takes about
-# six instructions, which the tensor cores then wait for in every tile of rows. On paper; no card has measured it yet.
-DEQUANTIZE_FROM_ROWS = 256
+# From how many rows of x on the weight is written out once in x's dtype and the library multiplies. Both sides grow with the
+# weight, so the card decides: writing and reading back moves 4 bytes a weight, once; making a weight again takes about 8
+# instructions of a lane, in every tile of 128 rows. (most multiprocessors, rows, reason). On paper; no card has measured it.
+_DEQUANTIZE_FROM = (
+    (48, 1024, "RTX 3060, 4060: 11 to 15 ps for 4 bytes against 1.1 to 1.3 ps a tile, so eight tiles and more"),
+    (84, 512, "RTX 3080, 3090, 4080: 4 to 6 ps for 4 bytes against 0.4 to 0.5 ps a tile, and the library's own lead"),
+    (
+        1 << 30,
+        256,
+        "A100, H100: 1 to 3 ps for 4 bytes against 0.3 to 0.4 ps a tile, and as much again for the library's lead",
+    ),
+)
+# Below so many weights a second launch costs more than it saves: they are made in a few microseconds, which a launch takes too.
+_SMALL_WEIGHTS = 4_000_000
+_SMALL_FROM = 2048
 DEQUANTIZE = Config(0, 32, 16, 4, 1, "512 words, 4 for each thread: stores of neighbouring columns meet in the cache")
+EMBEDDING = Config(16, 0, 16, 4, 1, "as DEQUANTIZE; one token wastes 15 rows of lanes, which nothing else wants")
 ADD_OUTPUTS = 1024
+COMBINE_ELEMENTS = 1024
+ARGMAX_TILES = 1024  # the 4096 tiles of a vocabulary of 262144 in four passes
+# Rows of x of one argmax: its tiles of a vocabulary of 262144 leave 32 KiB a row.
+ARGMAX_ROWS = 4096
 
 # Programs that a multiprocessor runs at a time, by registers and shared memory of the decode configuration.
 _RESIDENT = 2
@@ -62,3 +79,10 @@ def splits(outputs: int, columns: int, config: Config, multiprocessors: int) -> 
     while programs * count < _RESIDENT * multiprocessors and tiles // (2 * count) >= 8:
         count *= 2
     return count
+
+
+def dequantize_from_rows(outputs: int, columns: int, multiprocessors: int) -> int:
+    """The fewest rows of x for which a weight of that shape is written out."""
+    if outputs * columns < _SMALL_WEIGHTS:
+        return _SMALL_FROM
+    return next(rows for most, rows, _ in _DEQUANTIZE_FROM if multiprocessors <= most)

@@ -16,13 +16,18 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gemma4_kernels.linear.weight import QuantizedWeight
 
 SUPER_BLOCK = tl.constexpr(256)  # columns of one outer scale; groups of one scale of nested scales
 
 
-def arguments(weight: QuantizedWeight) -> dict[str, Any]:
-    """The tensors of a weight, as parameters of a kernel; those that its layout does not have are None."""
+def arguments(weight: QuantizedWeight, prefix: str = "") -> dict[str, Any]:
+    """The tensors of a weight, as parameters of a kernel; those that its layout does not have are None.
+
+    The prefix tells two weights of one kernel apart: "gate_".
+    """
     names = (
         "codes",
         "high",
@@ -35,7 +40,7 @@ def arguments(weight: QuantizedWeight) -> dict[str, Any]:
         "scale_scales",
         "scale_offset",
     )
-    return {f"{name}_ptr": getattr(weight, name) for name in names}
+    return {f"{prefix}{name}_ptr": getattr(weight, name) for name in names}
 
 
 def constants(weight: QuantizedWeight) -> dict[str, Any]:
@@ -44,6 +49,32 @@ def constants(weight: QuantizedWeight) -> dict[str, Any]:
         "K": weight.shape[1], "GROUP": weight.group_size, "BITS": layout.bits, "VALUES": layout.values,
         "SCALES": layout.scales, "ZERO": layout.zero,
     }  # fmt: skip
+
+
+def taken_apart(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """x (M, K) by column position: (PER_WORD, M, K / PER_WORD), dense."""
+    per_word = 4 if weight.layout.bits == 8 else 8
+    return x.unflatten(1, (x.shape[1] // per_word, per_word)).permute(2, 0, 1).contiguous()
+
+
+@triton.jit
+def load_tile(
+    codes_ptr, high_ptr, scales_ptr, offsets_ptr, zeros_ptr, group_scales_ptr, scale_table_ptr, scale_scales_ptr,
+    scale_offset_ptr, row, is_row, first, word, K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    VALUES: tl.constexpr, SCALES: tl.constexpr, ZERO: tl.constexpr,
+):  # fmt: skip
+    """(words, high, scale, shift), each (ROWS, WORDS): all that `weights_at` needs of the rows and words of a tile.
+
+    Nothing is read of a row that is not `is_row`, nor of a word behind the end of a row. `first` is the tile's first word.
+    """
+    inside = is_row[:, None] & (word < K // (4 if BITS == 8 else 8))[None, :]
+    words = load_words(codes_ptr, row, word, inside, K, BITS)
+    high = load_high(high_ptr, row, word, inside, K, BITS)
+    scale, shift = load_scales(
+        scales_ptr, offsets_ptr, zeros_ptr, group_scales_ptr, scale_table_ptr, scale_scales_ptr, scale_offset_ptr,
+        row, is_row, first, word, inside, K, GROUP, BITS, VALUES, SCALES, ZERO,
+    )  # fmt: skip
+    return words, high, scale, shift
 
 
 @triton.jit
@@ -113,7 +144,8 @@ def load_scales(
         code = ((low >> (4 * place)[None, :]) & 15) + 16 * ((upper >> (2 * place)[None, :]) & 3)
         scale = tl.load(scales_ptr + outer, mask=is_row, other=0.0).to(tl.float32)[:, None] * code.to(tl.float32)
         code = ((middle >> (4 * place)[None, :]) & 15) + 16 * ((upper >> (16 + 2 * place)[None, :]) & 3)
-        shift = -(tl.load(offsets_ptr + outer, mask=is_row, other=0.0).to(tl.float32)[:, None] * code.to(tl.float32))
+        # Times -1, because Triton's minus is 0 - x, which loses the sign of a zero.
+        shift = -1.0 * tl.load(offsets_ptr + outer, mask=is_row, other=0.0).to(tl.float32)[:, None] * code.to(tl.float32)
     elif SCALES == "e8m0":
         scale = tl.exp2(tl.load(scales_ptr + group, mask=inside, other=0).to(tl.float32) - 128)
     else:  # nested
@@ -128,8 +160,11 @@ def load_scales(
 
 
 @triton.jit
-def weights_at(code, scale, shift, table_ptr, VALUES: tl.constexpr):
-    """(ROWS, WORDS) fp32 weights of the codes of one position."""
+def weights_at(
+    words, high, scale, shift, word, POSITION: tl.constexpr, table_ptr, BITS: tl.constexpr, VALUES: tl.constexpr
+):
+    """(ROWS, WORDS) fp32 weights of one column position of every word."""
+    code = codes_at(words, high, word, POSITION, BITS)
     if VALUES == "table":
         return scale * tl.load(table_ptr + code)
     elif VALUES == "offsets":

@@ -27,7 +27,7 @@ def drawn(rows: int, columns: int, dtype: torch.dtype, seed: int = 1) -> torch.T
 
 
 def assert_product(weight, x, bias=None):
-    got = backend.product(x, weight, bias)
+    got = backend.quantized_linear(x, weight, bias)
     exact = dense_linear(x.double(), weight.dequantize(torch.float32).double(), None if bias is None else bias.double())
     plain = dense_linear(x, weight.dequantize(x.dtype), bias)
     assert got.dtype == x.dtype
@@ -83,9 +83,9 @@ def test_one_binary_serves_1_to_16_rows():
 def test_a_row_keeps_its_bits_among_others():
     weight = random_weight("Q4_K", (40, 2048))
     x = drawn(16, 2048, torch.bfloat16)
-    together = backend.product(x, weight, None)
+    together = backend.quantized_linear(x, weight, None)
     for row in (0, 7, 15):
-        assert torch.equal(backend.product(x[row : row + 1], weight, None)[0], together[row])
+        assert torch.equal(backend.quantized_linear(x[row : row + 1], weight, None)[0], together[row])
 
 
 def test_columns_in_another_order():
@@ -95,7 +95,7 @@ def test_columns_in_another_order():
 
 
 def test_many_rows_take_the_weight_written_out(monkeypatch):
-    monkeypatch.setattr(tables, "DEQUANTIZE_FROM_ROWS", 20)
+    monkeypatch.setattr(tables, "dequantize_from_rows", lambda outputs, columns, multiprocessors: 20)
     ran = []
     monkeypatch.setattr(linear, "plan", lambda *arguments: ran.append("tiles"))
     assert_product(random_weight("Q6_K"), drawn(20, 512, torch.bfloat16), drawn(1, 70, torch.bfloat16)[0])
@@ -113,4 +113,4 @@ def test_what_lies_behind_the_weight_is_not_read():
               for name, tensor in weight.tensors().items()}  # fmt: skip
     guarded = replace(weight, **{name: tensor[:70] for name, tensor in padded.items()})
     x = drawn(3, 160, torch.bfloat16)
-    assert torch.equal(backend.product(x, guarded, None), backend.product(x, weight, None))
+    assert torch.equal(backend.quantized_linear(x, guarded, None), backend.quantized_linear(x, weight, None))
