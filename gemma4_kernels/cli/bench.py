@@ -151,7 +151,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
 
 def selected(arguments: argparse.Namespace) -> list[Case]:
-    """--quick: fifteen cases that a CPU can time in a minute or two; else all, of which a CPU skips the largest unless --full."""
+    """--quick: fifteen cases that a CPU times in a minute or two; else all, of which a CPU skips the largest unless --full."""
     if arguments.only:
         return list({text: parse(text) for text in arguments.only}.values())
     chosen: list[Case] = select(all_cases(), "bench-quick" if arguments.quick else "bench")
