@@ -145,7 +145,9 @@ def load_scales(
         scale = tl.load(scales_ptr + outer, mask=is_row, other=0.0).to(tl.float32)[:, None] * code.to(tl.float32)
         code = ((middle >> (4 * place)[None, :]) & 15) + 16 * ((upper >> (16 + 2 * place)[None, :]) & 3)
         # Times -1, because Triton's minus is 0 - x, which loses the sign of a zero.
-        shift = -1.0 * tl.load(offsets_ptr + outer, mask=is_row, other=0.0).to(tl.float32)[:, None] * code.to(tl.float32)
+        shift = (
+            -1.0 * tl.load(offsets_ptr + outer, mask=is_row, other=0.0).to(tl.float32)[:, None] * code.to(tl.float32)
+        )
     elif SCALES == "e8m0":
         scale = tl.exp2(tl.load(scales_ptr + group, mask=inside, other=0).to(tl.float32) - 128)
     else:  # nested
