@@ -74,7 +74,9 @@ def fused_launches(dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, L
     N, K = _SHAPES["gate"]
     for rows, scheme in _GEGLU:
         gate, up = meta_weight(scheme, (N, K)), meta_weight(scheme, (N, K))
-        (launch,) = geglu.plan(empty(rows, K), gate, up, empty(rows, N), _MULTIPROCESSORS) or ()
+        plan = geglu.plan(empty(rows, K), gate, up, empty(rows, N), _MULTIPROCESSORS)
+        assert plan is not None, "K is cut, of a weight with so many outputs"
+        (launch,) = plan
         yield f"geglu {scheme} 2 x {N} x {K}, {rows} rows", launch, gate, rows
     yield "combine, 4 rows", geglu.plan_combine(empty(4, N), empty(4, N), empty(4, N)), gate, 4
     N, K = _SHAPES["head"]

@@ -54,7 +54,8 @@ def constants(weight: QuantizedWeight) -> dict[str, Any]:
 def taken_apart(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """x (M, K) by column position: (PER_WORD, M, K / PER_WORD), dense."""
     per_word = 4 if weight.layout.bits == 8 else 8
-    return x.unflatten(1, (x.shape[1] // per_word, per_word)).permute(2, 0, 1).contiguous()
+    apart: Tensor = x.unflatten(1, (x.shape[1] // per_word, per_word))
+    return apart.permute(2, 0, 1).contiguous()
 
 
 @triton.jit
