@@ -34,6 +34,7 @@ _GEGLU = [
     (64, "Q4_0"),
     (128, "Q4_0"),
     (128, "Q4_K"),
+    *((128, scheme) for scheme in ("IQ4_XS", "MXFP4", "NF4", "NF4_NESTED")),
 ]
 _ARGMAX = [
     *((rows, scheme) for scheme in ("Q6_K", "Q4_0") for rows in (1, 16)),

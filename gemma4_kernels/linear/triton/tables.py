@@ -77,6 +77,10 @@ def lookup_geglu(rows: int, outputs: int, dtype: torch.dtype, layout: Layout) ->
     more blocks. With the inner scales and the table of IQ4_XS the compiler spills six words at two stages, none at three.
     """
     config = lookup(rows, outputs, dtype)
+    if layout.values == "table" and config.rows > 16:
+        # What is looked up in two tables for two stages takes up to 114 KiB of shared memory, more than consumer cards have;
+        # with one stage NF4 spills at 128 rows, and none does at 64.
+        return replace(lookup(min(rows, 64), outputs, dtype), stages=1)
     return replace(config, stages=min(config.stages, 3 if (layout.values, layout.scales) == ("table", "int8") else 2))
 
 
