@@ -27,10 +27,10 @@ def quantized_geglu(x: Tensor, gate: QuantizedWeight, up: QuantizedWeight) -> Te
             for launch in launches:
                 launch.run()
             return out
-        products = [_product(x, weight, None, torch.float32) for weight in (gate, up)]
+        dtype = torch.float32
     else:  # the library rounds each product to x's dtype
-        products = [_product(x, weight, None, x.dtype) for weight in (gate, up)]
-    geglu.plan_combine(*products, out).run()
+        dtype = x.dtype
+    geglu.plan_combine(_product(x, gate, None, dtype), _product(x, up, None, dtype), out).run()
     return out
 
 

@@ -99,7 +99,7 @@ def plan(
     are stored.
     """
     rows, (N, K) = x.shape[0], gate.shape
-    config = tables.lookup(rows, N, x.dtype)
+    config = tables.lookup_geglu(rows, N, x.dtype, gate.layout)
     if not alike(gate, up) or (rows <= DECODE_ROWS and tables.splits(N, K, config, multiprocessors) > 1):
         return None
     arguments: dict[str, Any] = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from gemma4_kernels.linear.schemes import Layout
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,20 @@ def lookup(rows: int, outputs: int, dtype: torch.dtype) -> Config:
     """The configuration for x with so many rows and a weight with so many outputs."""
     table = _32_BIT if dtype.itemsize == 4 else _16_BIT
     return next(config for most, config in table if rows <= most)
+
+
+def lookup_geglu(rows: int, outputs: int, dtype: torch.dtype, layout: Layout) -> Config:
+    """The same for two weights at once. Bits do not depend on what differs, the stages.
+
+    Two tiles of codes in a stage: two stages keep as many bytes under way as four of one weight, and registers for
+    more blocks. With the inner scales and the table of IQ4_XS the compiler spills six words at two stages, none at three.
+    """
+    config = lookup(rows, outputs, dtype)
+    if layout.values == "table" and config.rows > 16:
+        # What is looked up in two tables for two stages takes up to 114 KiB of shared memory, more than consumer cards have;
+        # with one stage NF4 spills at 128 rows, and none does at 64.
+        return replace(lookup(min(rows, 64), outputs, dtype), stages=1)
+    return replace(config, stages=min(config.stages, 3 if (layout.values, layout.scales) == ("table", "int8") else 2))
 
 
 def splits(outputs: int, columns: int, config: Config, multiprocessors: int) -> int:

@@ -54,7 +54,8 @@ def constants(weight: QuantizedWeight) -> dict[str, Any]:
 def taken_apart(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """x (M, K) by column position: (PER_WORD, M, K / PER_WORD), dense."""
     per_word = 4 if weight.layout.bits == 8 else 8
-    return x.unflatten(1, (x.shape[1] // per_word, per_word)).permute(2, 0, 1).contiguous()
+    apart: Tensor = x.unflatten(1, (x.shape[1] // per_word, per_word))
+    return apart.permute(2, 0, 1).contiguous()
 
 
 @triton.jit
@@ -145,7 +146,9 @@ def load_scales(
         scale = tl.load(scales_ptr + outer, mask=is_row, other=0.0).to(tl.float32)[:, None] * code.to(tl.float32)
         code = ((middle >> (4 * place)[None, :]) & 15) + 16 * ((upper >> (16 + 2 * place)[None, :]) & 3)
         # Times -1, because Triton's minus is 0 - x, which loses the sign of a zero.
-        shift = -1.0 * tl.load(offsets_ptr + outer, mask=is_row, other=0.0).to(tl.float32)[:, None] * code.to(tl.float32)
+        shift = (
+            -1.0 * tl.load(offsets_ptr + outer, mask=is_row, other=0.0).to(tl.float32)[:, None] * code.to(tl.float32)
+        )
     elif SCALES == "e8m0":
         scale = tl.exp2(tl.load(scales_ptr + group, mask=inside, other=0).to(tl.float32) - 128)
     else:  # nested
