@@ -25,6 +25,7 @@ from gemma4_kernels.checks import (
 from gemma4_kernels.geometry import GEMMA4_12B, GEMMA4_12B_DRAFTER
 from gemma4_kernels.linear.files import open_weights
 from gemma4_kernels.linear.weight import QuantizedWeight
+from gemma4_kernels.verification.api import VerifyResult, sample_tokens, verify_drafts
 
 __all__ = [
     "GEMMA4_12B",
@@ -37,6 +38,7 @@ __all__ = [
     "RingCache",
     "ShapeError",
     "StrideError",
+    "VerifyResult",
     "WeightFileError",
     "__version__",
     "explain",
@@ -47,5 +49,7 @@ __all__ = [
     "k_eq_v_norm_rope_append",
     "open_weights",
     "qkv_norm_rope_append",
+    "sample_tokens",
     "use_backend",
+    "verify_drafts",
 ]
