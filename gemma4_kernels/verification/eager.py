@@ -107,9 +107,9 @@ class Chunk:
             return noise.words_of(self.seeds, self.positions + row, ids, stream)
         return noise.words_of_all(self.seeds, self.positions + row, vocab_size, stream).gather(-1, ids)
 
-    def all_done(self, running: Tensor) -> bool:
-        """Whether the rest may be skipped; elsewhere than on a CPU nobody looks."""
-        return running.device.type == "cpu" and not bool(running.any())
+    def nobody(self, concerned: Tensor) -> bool:
+        """Whether a step may be skipped because it concerns no request; elsewhere than on a CPU it is never skipped."""
+        return concerned.device.type == "cpu" and not bool(concerned.any())
 
 
 def verify_drafts(
@@ -146,7 +146,7 @@ def _match(chunk: Chunk) -> Proposal:
         if row < chunk.drafts.shape[1]:
             running = running & chunk.is_draft(row) & (sample == chunk.drafts[:, row])
             accepted += running
-            if chunk.all_done(running):
+            if chunk.nobody(running):
                 break
     return proposal, accepted
 
@@ -156,7 +156,9 @@ def _rejection(chunk: Chunk) -> Proposal:
     proposal, accepted, running = _start(chunk)
     for row in range(proposal.shape[1]):
         target, has_draft = chunk.target(row), chunk.is_draft(row)
-        own = chunk.sample(target, row)  # for requests whose drafts are all accepted
+        own = torch.full_like(accepted, -1)
+        if not chunk.nobody(running & ~has_draft):  # all of whose drafts have been accepted
+            own = chunk.sample(target, row)
         if row < chunk.drafts.shape[1]:
             p, q, draft = target.probabilities(chunk.logits.shape[-1]), chunk.drafter(row), chunk.draft(row)
             p_draft, q_draft = _at(p, draft), _at(q, draft)
@@ -169,7 +171,7 @@ def _rejection(chunk: Chunk) -> Proposal:
             accepts = torch.zeros_like(running)
         proposal[:, row] = torch.where(running, own, -1)
         running = accepts
-        if chunk.all_done(running):
+        if chunk.nobody(running):
             break
     return proposal, accepted
 
@@ -183,8 +185,7 @@ def _block(chunk: Chunk) -> Proposal:
     for row in range(proposal.shape[1]):
         # Has the block of the first `row` drafts been accepted, and which token follows it?
         target = chunk.target(row)
-        follows = own = chunk.sample(target, row)
-        share = joint
+        follows, share = torch.full_like(accepted, -1), joint
         if row < chunk.drafts.shape[1]:
             p, q, draft = target.probabilities(chunk.logits.shape[-1]), chunk.drafter(row), chunk.draft(row)
             residual = (joint[:, None] * p - q).clamp(min=0)
@@ -193,18 +194,20 @@ def _block(chunk: Chunk) -> Proposal:
             partial = torch.where(rest > 0, mass / rest, 1.0)
             more = chunk.is_draft(row)
             share = torch.where(more, partial, joint)
-            follows = torch.where(more, chunk.sample_residual(residual, p, row), own)
+            follows = chunk.sample_residual(residual, p, row)
             p_draft, q_draft = _at(p, draft), _at(q, draft)
             ratio = torch.where(q_draft > 0, p_draft / q_draft, (p_draft > 0).to(torch.float32))
             following = torch.where(more, (joint * ratio).clamp(max=1.0), 0.0)
         else:
-            following = torch.zeros_like(joint)
+            more, following = torch.zeros_like(chunk.num_drafts, dtype=torch.bool), torch.zeros_like(joint)
+        if not chunk.nobody(~more & (joint > 0)):  # the block ends here, whole
+            follows = torch.where(more, follows, chunk.sample(target, row))
         stays = row <= chunk.num_drafts
         if row:
             stays = stays & (chunk.uniform(row - 1) < share)
         accepted, last = torch.where(stays, row, accepted), torch.where(stays, follows, last)
         joint = following
-        if chunk.all_done(joint > 0):
+        if chunk.nobody(joint > 0):
             break
     return proposal.scatter(-1, accepted[:, None], last[:, None]), accepted
 

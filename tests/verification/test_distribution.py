@@ -18,6 +18,7 @@ from gemma4_kernels.verification.filters import Filters, survivors, usable
 
 METHODS = ["match", "rejection", "block"]
 SEEDS = torch.arange(TRIALS) * 7919 + 12345
+FEW_SEEDS = SEEDS[:50_000]  # enough for a defect to show
 FILTERED = {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
 
 
@@ -29,7 +30,7 @@ def toy(vocab_size, seed=0):
 
 
 def by_last_token(target):
-    return lambda row, last: target[-1].expand(TRIALS, -1) if row == 0 else target[last]
+    return lambda row, last: target[-1] if row == 0 else target[last]
 
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -100,15 +101,15 @@ def test_neighbouring_positions_and_seeds_are_independent():
 def test_teeth_a_drafter_with_the_noise_of_the_residual(method, monkeypatch):
     target, drafter = toy(7)
     monkeypatch.setattr(noise, "RESIDUAL", noise.DRAFT)
-    result = trials(by_last_token(target), drafter, draft(drafter, SEEDS), SEEDS, method)
+    result = trials(by_last_token(target), drafter, draft(drafter, FEW_SEEDS), FEW_SEEDS, method)
     assert single_p(result, target) < REJECT_BELOW
 
 
 @pytest.mark.parametrize("method", ["rejection", "block"])
 def test_teeth_softmax_q_for_argmax_drafts(method):
     target, drafter = toy(7)
-    drafts = drafter.argmax(-1).expand(TRIALS, -1)
-    result = trials(by_last_token(target), drafter, drafts, SEEDS, method)
+    drafts = drafter.argmax(-1).expand(len(FEW_SEEDS), -1)
+    result = trials(by_last_token(target), drafter, drafts, FEW_SEEDS, method)
     assert single_p(result, target) < REJECT_BELOW
 
 
@@ -117,7 +118,7 @@ def test_teeth_the_target_instead_of_the_residual(method, monkeypatch):
     target, drafter = toy(7)
     residual = eager.Chunk.sample_residual
     monkeypatch.setattr(eager.Chunk, "sample_residual", lambda self, mass, p, row: residual(self, p, p, row))
-    result = trials(by_last_token(target), drafter, draft(drafter, SEEDS), SEEDS, method)
+    result = trials(by_last_token(target), drafter, draft(drafter, FEW_SEEDS), FEW_SEEDS, method)
     assert single_p(result, target) < REJECT_BELOW
 
 
@@ -127,7 +128,7 @@ def test_teeth_a_drafter_that_is_not_renormalised(method, monkeypatch):
     target, drafter = toy(7)
     q = 0.4 * probabilities(drafter).float()
     monkeypatch.setattr(eager.Chunk, "drafter", lambda self, row: q[row].expand(len(self.logits), -1))
-    result = trials(by_last_token(target), drafter, draft(drafter, SEEDS), SEEDS, method)
+    result = trials(by_last_token(target), drafter, draft(drafter, FEW_SEEDS), FEW_SEEDS, method)
     assert single_p(result, target) < REJECT_BELOW
 
 
@@ -135,7 +136,7 @@ def test_teeth_a_drafter_that_is_not_renormalised(method, monkeypatch):
 def test_teeth_u_is_0(method, monkeypatch):
     target, drafter = toy(7)
     monkeypatch.setattr(noise, "uniform", lambda words: torch.zeros_like(words, dtype=torch.float32))
-    result = trials(by_last_token(target), drafter, draft(drafter, SEEDS), SEEDS, method)
+    result = trials(by_last_token(target), drafter, draft(drafter, FEW_SEEDS), FEW_SEEDS, method)
     assert single_p(result, target) < REJECT_BELOW
 
 
@@ -185,20 +186,18 @@ def accepted(vocab_size, method, argmax):
     p = probabilities(target[:3])
     q = torch.nn.functional.one_hot(drafter.argmax(-1), vocab_size).double() if argmax else probabilities(drafter)
     drafts = drafter.argmax(-1).expand(TRIALS, -1) if argmax else draft(drafter, SEEDS)
-    fixed = lambda row, last: target[row].expand(TRIALS, -1)  # noqa: E731
-    got = trials(fixed, drafter, drafts, SEEDS, method, told=not argmax)
+    got = trials(lambda row, last: target[row], drafter, drafts, SEEDS, method, told=not argmax)
     return float(got.num_accepted.double().mean()), *expected_accepted(p, q, method)
 
 
 @pytest.mark.parametrize("method", ["rejection", "block"])
-@pytest.mark.parametrize("vocab_size", [3, 8])
-@pytest.mark.parametrize("argmax", [False, True])
+@pytest.mark.parametrize(("vocab_size", "argmax"), [(3, False), (8, False), (8, True)])
 def test_as_many_drafts_are_accepted_as_theory_says(method, vocab_size, argmax):
     mean, expected, variance = accepted(vocab_size, method, argmax)
     assert abs(mean - expected) < 5 * (variance / TRIALS) ** 0.5
 
 
-@pytest.mark.parametrize("vocab_size", [3, 8])
+@pytest.mark.parametrize("vocab_size", [8])
 def test_match_accepts_argmax_drafts_as_often_as_rejection(vocab_size):
     mean, expected, variance = accepted(vocab_size, "match", True)
     assert abs(mean - expected) < 5 * (variance / TRIALS) ** 0.5

@@ -39,10 +39,11 @@ def draft(draft_logits, seeds, position=0, stream="draft", **filters):
 
 
 def trials(target_of, draft_logits, drafts, seeds, method, told=True, **filters):
-    """Verify drafts (TRIALS, K). target_of maps a number of drafts and the last of them, (TRIALS,), to logits (TRIALS, V):
-    the target's answer may depend on the draft before it."""
+    """Verify drafts (TRIALS, K). target_of maps a number of drafts and the last of them, (TRIALS,), to logits (TRIALS, V)
+    or (V,): the target's answer may depend on the draft before it."""
     k = drafts.shape[1]
-    logits = torch.stack([target_of(row, drafts[:, row - 1] if row else None) for row in range(k + 1)], dim=1)
+    rows = [target_of(row, drafts[:, row - 1] if row else None) for row in range(k + 1)]
+    logits = torch.stack([row.expand(len(drafts), -1) for row in rows], dim=1)
     if method == "match" or not told:
         draft_logits = None
     else:
