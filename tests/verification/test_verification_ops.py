@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma4_kernels import BackendError, explain, sample_tokens, use_backend, verify_drafts
 from gemma4_kernels.verification import api, eager, ops
@@ -84,3 +85,35 @@ def test_autocast_and_gradients_change_nothing():
         got = verify_drafts(logits.requires_grad_(), drafts, seeds=1, positions=0)
     assert torch.equal(got.tokens, expected.tokens)
     assert not got.tokens.requires_grad
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor made that is not a view of `inputs`."""
+
+    def __init__(self, *inputs: torch.Tensor) -> None:
+        super().__init__()
+        self.known = {x.untyped_storage().data_ptr() for x in inputs}
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in torch.utils._pytree.tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in self.known:
+                self.elements = max(self.elements, leaf.numel())
+        return out
+
+
+@pytest.mark.parametrize("method", ops.METHODS)
+@pytest.mark.parametrize("filters", [{}, {"top_k": 64, "top_p": 0.95}, {"top_p": 0.9}, {"softcap": 30.0}], ids=str)
+def test_memory_is_that_of_one_chunk(method, filters):
+    logits = torch.randn(3, 3, 100_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    draft_logits = None if method == "match" else logits[:, :2]
+    drafts = logits[:, :2].argmax(-1)
+    settings = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "softcap": 0.0, **filters}
+    plan = api._plan(
+        "verify_drafts", logits, drafts, None, 1.0, **settings, seeds=7, positions=0, method=method,
+        draft_logits=draft_logits, eos_token_ids=(), max_new_tokens=None, stream=0,
+    )  # fmt: skip
+    with Largest(logits) as made:
+        eager.verify_drafts(*plan)
+    assert made.elements <= eager.CHUNK_ELEMENTS
