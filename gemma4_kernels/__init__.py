@@ -28,6 +28,7 @@ from gemma4_kernels.linear.files import open_weights
 from gemma4_kernels.linear.modules import QuantizedEmbedding, QuantizedLinear
 from gemma4_kernels.linear.replace import replace_linear
 from gemma4_kernels.linear.weight import QuantizedWeight
+from gemma4_kernels.verification.api import VerifyResult, sample_tokens, verify_drafts
 
 __all__ = [
     "GEMMA4_12B",
@@ -42,6 +43,7 @@ __all__ = [
     "RingCache",
     "ShapeError",
     "StrideError",
+    "VerifyResult",
     "WeightFileError",
     "__version__",
     "explain",
@@ -57,5 +59,7 @@ __all__ = [
     "quantized_geglu",
     "quantized_linear",
     "replace_linear",
+    "sample_tokens",
     "use_backend",
+    "verify_drafts",
 ]

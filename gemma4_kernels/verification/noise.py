@@ -1,0 +1,85 @@
+"""Noise that is a function of (seed, position, token): Philox4x32-10, and what is made of its bits.
+
+    key      seed, low and high 32 bits
+    counter  (token >> 2, position low, stream, position high)
+    word     token & 3
+
+A stream is a use: the samples of the target, acceptance, residuals, the drafter's own samples. Uses are independent, and
+nothing else (batch, place, number of drafts, device) enters. docs/mtp.md has the formulas.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemma4_kernels.verification import portable_math
+
+TARGET, ACCEPTANCE, RESIDUAL, DRAFT = range(4)
+STREAMS = {"target": TARGET, "draft": DRAFT}
+"""Those that a caller may ask for."""
+
+ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 on int64 tensors that hold 32-bit words. Returns four of them."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        # Products wrap at 64 bits; the sign that this may give them is gone after the masks.
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((second >> 32) & _MASK) ^ c1 ^ k0,
+            second & _MASK,
+            ((first >> 32) & _MASK) ^ c3 ^ k1,
+            first & _MASK,
+        )
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _words(seeds: Tensor, positions: Tensor, blocks: Tensor, stream: int) -> Tensor:
+    """(R, blocks, 4) of seeds (R,), positions (R,) and blocks (R or 1, blocks)."""
+    seed, position = seeds.long()[:, None], positions.long()[:, None]
+    zeros = torch.zeros_like(seed * blocks)  # philox mixes words of one shape
+    counter = (
+        blocks + zeros, (position & _MASK) + zeros, zeros + stream, ((position >> 32) & _MASK) + zeros
+    )  # fmt: skip
+    return torch.stack(philox(counter, (seed & _MASK, (seed >> 32) & _MASK)), dim=-1)
+
+
+def words_of(seeds: Tensor, positions: Tensor, tokens: Tensor, stream: int) -> Tensor:
+    """A 32-bit word, as int64, for each of tokens (R, M)."""
+    words = _words(seeds, positions, tokens >> 2, stream)
+    return words.gather(-1, (tokens & 3).expand(words.shape[:2])[..., None])[..., 0]
+
+
+def words_of_all(seeds: Tensor, positions: Tensor, vocab_size: int, stream: int) -> Tensor:
+    """The same for tokens 0 to vocab_size - 1, four from one evaluation: (R, V)."""
+    blocks = torch.arange((vocab_size + 3) // 4, device=seeds.device)[None]
+    return _words(seeds, positions, blocks, stream).flatten(1)[:, :vocab_size]
+
+
+def uniform(words: Tensor) -> Tensor:
+    """fp32 strictly between 0 and 1: (the upper 24 bits rounded down to even + 1) / 2**24, exact."""
+    return ((words >> 8) | 1).to(torch.float32) * 2.0**-24
+
+
+def exponential(words: Tensor) -> Tensor:
+    """fp32 E = -ln(1 - v), v = (word + 1/2) / 2**32, from 2**-33 to 22.9, as exact for small v as for large."""
+    odd = 2 * words + 1  # v * 2**33
+    near_one = odd < 2**31  # 1 - v > 3/4: E comes from v itself, which 1 - v would have rounded
+    near = portable_math.log_of_parts(
+        odd.clamp(max=2**31).to(torch.float32) * -(2.0**-33), torch.zeros((), device=words.device)
+    )
+    far = portable_math.log((2**33 - odd).to(torch.float32) * 2.0**-33)
+    return -torch.where(near_one, near, far)
+
+
+def gumbel(words: Tensor) -> Tensor:
+    """fp32 -ln(E)."""
+    return -portable_math.log(exponential(words))
