@@ -61,7 +61,7 @@ def attention(op: str, made: dict[str, Any]) -> dict[str, Baseline | str]:
         found["flex_attention"] = _flex_attention(q, k, v, window, scale)
     found["sdpa"] = _sdpa(q, k, v, window, scale)
     found["transformers"] = _transformers(q, k, v, window, scale)
-    return found
+    return {name: found[name] for name in NAMES if name in found}
 
 
 def _beyond_the_baselines(op: str, made: dict[str, Any]) -> str | None:

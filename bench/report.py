@@ -21,6 +21,7 @@ from gemma4_kernels.bench import records
 from gemma4_kernels.bench.tables import escape, markdown, table
 
 BEGIN, END = "<!-- benchmarks: begin, written by bench/report.py -->", "<!-- benchmarks: end -->"
+PYTORCH = ("sdpa", "dense")  # the baseline of each family that a summary compares with; a case has one of them
 NO_RECORD = (
     "No card has been measured yet. `make gpu-check` on a machine with a GPU writes a record; "
     "`bench/records/README.md` says how to submit it."
@@ -94,10 +95,12 @@ def gpus_page(found: Sequence[dict[str, Any]]) -> str:
 
 
 def summary(found: Sequence[dict[str, Any]]) -> str:
-    """For README.md: each card's kernels of the package, where it stands against SDPA and against its own ceiling."""
+    """For README.md: each card's kernels of the package, where it stands against PyTorch and against its own ceiling."""
     cells = []
     for record in found:
-        baseline = {row["case"]: row["median_us"] for row in record["rows"] if row["by"] == "sdpa" and row["median_us"]}
+        baseline = {
+            row["case"]: row["median_us"] for row in record["rows"] if row["by"] in PYTORCH and row["median_us"]
+        }
         kernels = [row for row in record["rows"] if row["kind"] == "kernel" and row["median_us"]]
         fastest: dict[str, dict[str, Any]] = {}
         for row in kernels:
@@ -110,7 +113,7 @@ def summary(found: Sequence[dict[str, Any]]) -> str:
             cells.append((name, f"`{case}`", escape(row["by"]), f"{row['median_us']:.1f}", ratio, share))
     if not cells:
         return NO_RECORD
-    head = ("card", "case", "fastest kernel", "median us", "SDPA's time / ours", "of ceiling")
+    head = ("card", "case", "fastest kernel", "median us", "PyTorch's time / ours", "of ceiling")
     return "\n".join(table(head, cells, numbers=range(3, 6)))
 
 
