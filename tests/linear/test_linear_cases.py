@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gemma4_kernels.bench import linear_baselines, validation
 from gemma4_kernels.bench import linear_cases as listed
-from gemma4_kernels.bench import validation
 from gemma4_kernels.bench.cases import all_cases, parse
 from gemma4_kernels.bench.linear_cases import LINEAR_OPS, LinearCase, linear_bench_cases, linear_cases
 from gemma4_kernels.bench.linear_inputs import random_weight, weight_bytes
@@ -162,7 +162,10 @@ def test_where_there_is_no_baseline_there_is_a_reason(monkeypatch):
     )["dense"]  # fmt: skip
     case = LinearCase("quantized_linear", m=1, scheme="Q8_0")
     assert "has no values" in case.baselines(case.inputs())["torch_int4"]
-    assert case.baselines(case.inputs()).keys() == {"dense", "dequantize", "torch_int4"}
+    found = case.baselines(case.inputs())
+    assert tuple(found) == linear_baselines.NAMES
+    assert "CUDA" in found["gemlite"]
+    assert "CUDA" in found["bitsandbytes"]
     shuffled = LinearCase("quantized_linear", m=1, scheme="GPTQ", shuffled=1)
     assert "order of columns" in shuffled.baselines(shuffled.inputs())["torch_int4"]
     monkeypatch.setattr("gemma4_kernels.bench.linear_baselines.MAX_DENSE_BYTES", 10)
@@ -177,3 +180,14 @@ def test_the_packed_copy_is_not_part_of_the_case():
     case.run(made)
     del made
     assert len(eager_int4._packed) == before
+
+
+def test_baselines_for_cuda_say_what_they_need():
+    """What stands before the first call that only a GPU can make; meta tensors stand for the rest."""
+    weight, x = random_weight("Q4_0", (96, 256)), torch.zeros(2, 256, dtype=torch.bfloat16)
+    for call, text in [
+        (lambda: linear_baselines._torch_int4_on_cuda(x, random_weight("Q4_K", (96, 256)), None), "Q4_K"),
+        (lambda: linear_baselines._torch_int4_on_cuda(x.half(), weight, None), "takes bf16"),
+        (lambda: linear_baselines._torch_int4_on_cuda(x, random_weight("Q4_0", (96, 160)), None), "128 columns"),
+    ]:
+        assert text in call()
