@@ -63,7 +63,8 @@ def quantized_argmax(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """The output that is largest: quantized_linear(x, weight).argmax(-1), with no logits written where a kernel fuses it.
 
     For greedy drafts, whose logits nobody else needs. Logits are rounded to x's dtype first, and the lowest of equals is taken.
-    A softcap changes no order, so it is left out.
+    A softcap changes no order, so it is left out. Of more than 16 rows the logits may be summed in another order than those
+    of `quantized_linear`, and two that are equal but for rounding may change places.
 
     Args:
         x: (..., K) bf16, fp16 or fp32, with a dense last dim. For at most 16 rows in all, the choice of a row does not
