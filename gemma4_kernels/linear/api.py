@@ -19,7 +19,8 @@ from gemma4_kernels.linear.weight import QuantizedWeight
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """x @ W.T + bias, from the codes of W: what `torch.nn.functional.linear` gives for the weight's own values.
 
-    Sums are fp32. The bits of a row do not depend on the other rows of x where there are at most 16 in all.
+    Sums are fp32, rounded once. (On a CPU, PyTorch's 4-bit kernel may take fp16 scales as two products, each rounded to
+    bf16: `explain` names it.) The bits of a row do not depend on the other rows of x where there are at most 16 in all.
 
     Args:
         x: (..., K) bf16, fp16 or fp32, with a dense last dim.

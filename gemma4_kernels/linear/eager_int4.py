@@ -9,7 +9,7 @@ A weight is held where these numbers are the weight's own:
     offsets           z = offset + 8 * scale
 
 and where s and z have the 8 bits of a bf16. Numbers of 16 bits, such as the fp16 scales of Q4_0, are the sum of two bf16, and
-the product is the sum of two products over the same codes.
+the product is the sum of two products over the same codes, each rounded to bf16 before they are added.
 
 The repacked codes are a copy, kept as long as the weight's own.
 """
@@ -97,6 +97,11 @@ def find(weight: QuantizedWeight) -> Packed | None:
         entry = _Entry(_pack(weight), beside, versions)
         _packed[codes] = entry
     return entry.packed
+
+
+def forget(codes: Tensor) -> None:
+    """Drop the packed form of a weight with these codes. Changes in place of inference tensors leave no other trace."""
+    _packed.pop(codes, None)
 
 
 def product(x: Tensor, weight: QuantizedWeight) -> Tensor:

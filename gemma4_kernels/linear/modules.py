@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gemma4_kernels import checks
+from gemma4_kernels.linear import eager_int4, planes
 from gemma4_kernels.linear.api import quantized_embedding, quantized_linear
+from gemma4_kernels.linear.ops import DTYPES
 from gemma4_kernels.linear.weight import TENSORS, QuantizedWeight
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32}
@@ -49,6 +51,23 @@ class QuantizedTensors(nn.Module):
         super()._apply(of_bits, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        for name in TENSORS:
+            own, given = getattr(self, name), state_dict.get(prefix + name)
+            if own is None or given is None:
+                continue
+            if given.dtype != own.dtype:  # copying would round it
+                error_msgs.append(f"{prefix}{name} must be {own.dtype} as in {self.scheme}, got {given.dtype}")
+                return
+            state_dict[prefix + name] = planes.dense(given)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )  # fmt: skip
+        eager_int4.forget(self.codes)  # type: ignore[arg-type]
+
     def extra_repr(self) -> str:
         return repr(self.weight)
 
@@ -71,6 +90,7 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = self.quantized.shape
         if bias is not None:
             checks.has_shape("QuantizedLinear", "bias", bias, (self.out_features,))
+            checks.has_dtype("QuantizedLinear", "bias", bias, DTYPES)
             bias = bias.detach()
         self.register_buffer("bias", bias)
 
@@ -103,6 +123,8 @@ class QuantizedEmbedding(nn.Module):
         self.quantized = _tensors_of("QuantizedEmbedding", weight)
         self.num_embeddings, self.embedding_dim = self.quantized.shape
         self.scalar_embed_scale = float(embed_scale)
+        # The factor is rounded first, as transformers rounds it; a plain number is nothing to copy to a device.
+        self._rounded = {dtype: float(torch.tensor(self.scalar_embed_scale, dtype=dtype)) for dtype in DTYPES}
         # Empty: a buffer, because a model's change of dtype reaches buffers.
         self.register_buffer("_like", torch.empty(0, dtype=dtype, device=self.weight.device), persistent=False)
 
@@ -112,10 +134,7 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         rows = quantized_embedding(token_ids, self.weight, self._like.dtype)
-        if self.scalar_embed_scale == 1.0:
-            return rows
-        # The factor is rounded first, as transformers rounds it.
-        return rows * torch.tensor(self.scalar_embed_scale, dtype=rows.dtype, device=rows.device)
+        return rows if self.scalar_embed_scale == 1.0 else rows * self._rounded[rows.dtype]
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, embed_scale={self.scalar_embed_scale:g}"

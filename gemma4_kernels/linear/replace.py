@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from gemma4_kernels.checks import ShapeError
 from gemma4_kernels.linear.files.listing import WeightFiles
@@ -73,7 +74,7 @@ def replace_linear(
         if target is None:
             continue
         module = model.get_submodule(target)
-        plan[name] = groups[id(_dense(module))]
+        plan[name] = groups[_key(module)]
         for each in plan[name]:
             if each in owner:
                 raise ValueError(f"{FUNCTION}: {each} must have one weight, got {owner[each]} and {name}")
@@ -107,13 +108,25 @@ def _names(weights: Any) -> list[str]:
 
 def _module_of(model: nn.Module, name: str) -> str | None:
     wanted = _translated(name.removesuffix(".weight"))
-    candidates = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
+    candidates = _candidates(model)
     if wanted in candidates:
         return wanted
-    fitting = [path for path in candidates if path.endswith(f".{wanted}")]
+    # One module may have several paths; one of them will do.
+    fitting = {id(module): path for path, module in candidates.items() if path.endswith(f".{wanted}")}
+    if len(fitting) > 1 and wanted != name.removesuffix(".weight"):  # a GGUF file names the layers of the text model so
+        fitting = {key: path for key, path in fitting.items() if "language_model." in path} or fitting
     if len(fitting) > 1:
-        raise ValueError(f"{FUNCTION}: {name} must name one module, got {' and '.join(fitting)}")
-    return fitting[0] if fitting else None
+        raise ValueError(
+            f"{FUNCTION}: {name} must name one module, got {' and '.join(fitting.values())}; "
+            "give the part of the model that is meant"
+        )
+    return next(iter(fitting.values()), None)
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module of all that could be replaced; a module that stands in two places has both."""
+    found = model.named_modules(remove_duplicate=False)
+    return {path: module for path, module in found if path and isinstance(module, (nn.Linear, nn.Embedding))}
 
 
 def _translated(name: str) -> str:
@@ -128,10 +141,15 @@ def _translated(name: str) -> str:
 def _modules_by_parameter(model: nn.Module) -> dict[int, list[str]]:
     """id of a weight -> the modules that have it."""
     groups: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            groups.setdefault(id(_dense(module)), []).append(path)
+    for path, module in _candidates(model).items():
+        groups.setdefault(_key(module), []).append(path)
     return groups
+
+
+def _key(module: nn.Module) -> int:
+    """Of its weight; of itself where it makes its weight at each use, as parametrised modules do."""
+    weight = module._parameters.get("weight")
+    return id(module) if weight is None else id(weight)
 
 
 # Modules ------------------------------------------------------------------------------------------------------------
@@ -146,8 +164,10 @@ def _dense(module: nn.Module) -> Tensor:
 def _check_replaceable(path: str, module: nn.Module) -> None:
     base = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
     scaled = base is nn.Embedding and hasattr(module, "embed_scale")  # transformers' scaled embeddings
-    if type(module).forward is not base.forward and not scaled:
+    if (type(module).forward is not base.forward and not scaled) or isinstance(module, NonDynamicallyQuantizableLinear):
         raise TypeError(f"{FUNCTION}: {path} must compute what {base.__name__} does, got {type(module).__name__}")
+    if module._parameters.get("weight") is None:
+        raise TypeError(f"{FUNCTION}: {path} must hold its weight as a parameter, got a parametrised {base.__name__}")
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise TypeError(f"{FUNCTION}: {path} must not change its weight, got an nn.Embedding with max_norm")
 
@@ -173,14 +193,15 @@ def _replace(model: nn.Module, paths: list[str], weight: QuantizedWeight, name: 
     if dense.device.type != "meta":
         weight = weight.to(dense.device)
     shared: Any = weight
+    replaced: dict[int, QuantizedLinear | QuantizedEmbedding] = {}  # a module in two places stays one
     for path, module in zip(paths, modules, strict=True):
-        made: QuantizedLinear | QuantizedEmbedding
-        if isinstance(module, nn.Linear):
+        made = replaced.get(id(module))
+        if made is None and isinstance(module, nn.Linear):
             made = QuantizedLinear(shared, module.bias)
-        else:
+        elif made is None:
             made = QuantizedEmbedding(shared, _floating(dense.dtype), _embed_scale(module))
         made.train(module.training)
-        shared = made.quantized
+        replaced[id(module)], shared = made, made.quantized
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, made)
 

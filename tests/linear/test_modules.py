@@ -109,6 +109,34 @@ def test_what_is_no_quantised_weight_is_refused():
         QuantizedLinear(random_weight("Q4_0"), drawn(3))
 
 
+def test_a_state_of_another_scheme_is_refused_and_nothing_is_rounded():
+    module = QuantizedLinear(random_weight("W4A16"))
+    before = module.weight.scales.clone()
+    with pytest.raises(RuntimeError, match=r"quantized\.scales must be torch.bfloat16 as in W4A16, got torch.float16"):
+        module.load_state_dict(QuantizedLinear(random_weight("Q4_0")).state_dict())
+    assert torch.equal(module.weight.scales, before)
+
+
+def test_tensors_of_a_state_dict_become_dense():
+    weight = random_weight("Q4_0")
+    state = QuantizedLinear(weight).state_dict()
+    state["quantized.codes"] = state["quantized.codes"].T.contiguous().T
+    module = QuantizedLinear(random_weight("Q4_0", seed=5))
+    module.load_state_dict(state, assign=True)
+    assert module.weight.codes.is_contiguous()
+    assert_same(module.weight, weight)
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_a_loaded_weight_is_packed_again(inference):
+    x = drawn(1, 160, dtype=torch.bfloat16)
+    with torch.inference_mode(inference):
+        module, other = (QuantizedLinear(random_weight("Q4_0", (80, 160), seed=seed)) for seed in (0, 5))
+        assert not torch.equal(module(x), other(x))
+        module.load_state_dict(other.state_dict())
+        assert torch.equal(module(x), other(x))
+
+
 # replace_linear -----------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +282,43 @@ def test_names_of_gguf_files():
         "model.embed_tokens", "lm_head",
         *(f"model.layers.0.{part}.{letter}_proj" for part, letters in projections.items() for letter in letters),
     )  # fmt: skip
+
+
+def test_one_module_in_two_places_stays_one():
+    for name in ("a", "b"):
+        model = nn.Module()
+        model.inner = nn.Module()
+        model.inner.a = model.inner.b = nn.Linear(64, 96)
+        done = replace_linear(model, {name: random_weight("Q4_0", (96, 64))})
+        assert done.modules == ("inner.a", "inner.b")
+        assert model.inner.a is model.inner.b
+        assert isinstance(model.inner.a, QuantizedLinear)
+
+
+def test_names_of_gguf_files_mean_the_text_model():
+    model = nn.Module()
+    for part in ("vision_model", "language_model"):
+        layer = nn.Module()
+        layer.mlp = nn.Module()
+        layer.mlp.up_proj = nn.Linear(64, 96)
+        whole = nn.Module()
+        whole.layers = nn.ModuleList([layer])
+        setattr(model, part, whole)
+    weight = random_weight("Q4_0", (96, 64))
+    assert replace_linear(model, {"blk.0.ffn_up.weight": weight}).modules == ("language_model.layers.0.mlp.up_proj",)
+    with pytest.raises(ValueError, match="give the part"):
+        replace_linear(nn.ModuleDict({"a": Block(), "b": Block()}), {"up": weight})
+
+
+def test_layers_that_others_look_into_are_refused():
+    weight = random_weight("Q4_0", (64, 64))
+    with pytest.raises(TypeError, match="out_proj must compute"):
+        replace_linear(nn.MultiheadAttention(64, 4), {"out_proj": weight})
+    parametrised = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)))
+    with pytest.raises(TypeError, match=r"0 must .*parametrised"):
+        replace_linear(parametrised, {"0": weight})
+    with pytest.raises(ValueError, match="which the model has not"):
+        replace_linear(nn.Linear(64, 64), {"": weight})
 
 
 class Own(nn.Linear):

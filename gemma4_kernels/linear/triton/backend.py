@@ -66,6 +66,7 @@ def _product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, dtype: tor
     """x @ W.T (+ bias), rounded to x's dtype or not at all: dtype is x's or, where the weight is not written out, fp32."""
     written_out = _written_out(x, weight)
     x = _stored_order(x, weight)
+    bias = None if bias is None else bias.contiguous()  # a kernel steps over it one by one
     if written_out:
         dense = x.new_empty(weight.shape)
         linear.plan_dequantize(weight, dense).run()

@@ -114,3 +114,9 @@ def test_what_lies_behind_the_weight_is_not_read():
     guarded = replace(weight, **{name: tensor[:70] for name, tensor in padded.items()})
     x = drawn(3, 160, torch.bfloat16)
     assert torch.equal(backend.quantized_linear(x, guarded, None), backend.quantized_linear(x, weight, None))
+
+
+@pytest.mark.parametrize("bias", [drawn(1, 140, torch.bfloat16)[0][::2], drawn(1, 1, torch.bfloat16)[0].expand(70)])
+def test_a_bias_with_strides(bias):
+    weight = random_weight("Q4_0")
+    assert_product(weight, drawn(3, weight.shape[1], torch.bfloat16), bias)
