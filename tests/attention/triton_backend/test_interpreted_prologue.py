@@ -19,7 +19,8 @@ if not environment.triton_interprets():
 import triton
 import triton.language as tl
 
-from gemma4_kernels.attention.triton import pieces, prologue
+from gemma4_kernels.attention.triton import prologue
+from gemma4_kernels.triton_common import rounding
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -107,9 +108,9 @@ def test_any_even_head_dim(kind, dtype, head_dim):
 @triton.jit
 def _there_and_back(x_ptr, rounded_ptr, widened_ptr, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    rounded = pieces.round_to(tl.load(x_ptr + index), tl.bfloat16)
+    rounded = rounding.round_to(tl.load(x_ptr + index), tl.bfloat16)
     tl.store(rounded_ptr + index, rounded)
-    tl.store(widened_ptr + index, pieces.to_fp32(rounded))
+    tl.store(widened_ptr + index, rounding.to_fp32(rounded))
 
 
 def test_bf16_is_rounded_as_pytorch_rounds_it():
