@@ -12,7 +12,6 @@ and "full" for correctness, "bench" and "bench-quick" for what is worth timing.
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -25,12 +24,10 @@ import gemma4_kernels
 from gemma4_kernels.bench import attention_work, baselines
 from gemma4_kernels.bench import inputs as draw
 from gemma4_kernels.bench.attention_calls import DTYPES, INPUTS, Inputs, Result, evaluate, key_lengths, row_counts
+from gemma4_kernels.bench.case_strings import EXCERPT_ABOVE, CaseString, each_once
 from gemma4_kernels.bench.linear_cases import LINEAR_OPS, LinearCase, linear_bench_cases, linear_cases
 from gemma4_kernels.geometry import GEMMA4_12B
 
-# Beyond this many operations the reference, fp64 on the CPU with whole score matrices, takes minutes or all memory, and a
-# case is held against it on an excerpt.
-EXCERPT_ABOVE = 1e9
 EXCERPT_ROWS = 16
 
 
@@ -85,7 +82,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AttentionCase:
+class AttentionCase(CaseString):
     """One call of a public attention function. What is at its default is left out of the string."""
 
     family: ClassVar[str] = "attention"
@@ -148,14 +145,6 @@ class AttentionCase:
                 raise ValueError(f"parse: {name} must look like {form}, got {given[name]!r}")
         if op == "flash_attn_varlen_func" and "lengths" not in given:
             raise ValueError(f"parse: {op} needs lengths")
-
-    def __str__(self) -> str:
-        shown = [f.name for f in fields(self) if f.name not in ("op", "tags") and getattr(self, f.name) != f.default]
-        return f"{self.op}({','.join(f'{name}={getattr(self, name)}' for name in shown)})"
-
-    @property
-    def seed(self) -> int:
-        return zlib.crc32(str(self).encode())
 
     def inputs(self, device: str | torch.device = "cpu") -> Inputs:
         """Tensors and plain values by name, on a device; here the keyword arguments of the public function."""
@@ -405,12 +394,12 @@ def _attention_bench() -> Iterator[AttentionCase]:
 @lru_cache
 def attention_cases() -> tuple[AttentionCase, ...]:
     """Attention cases for correctness, each once."""
-    return tuple({str(case): case for case in _attention()}.values())
+    return each_once(_attention())
 
 
 @lru_cache
 def attention_bench_cases() -> tuple[AttentionCase, ...]:
-    return tuple({str(case): case for case in _attention_bench()}.values())
+    return each_once(_attention_bench())
 
 
 # family -> its lists; and the class that a case string's op belongs to.

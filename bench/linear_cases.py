@@ -8,9 +8,8 @@ dtype. Of a large result both compute an excerpt: all rows of x, and outputs at 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -22,6 +21,7 @@ import gemma4_kernels
 from gemma4_kernels.bench import inputs as draw
 from gemma4_kernels.bench import linear_baselines
 from gemma4_kernels.bench.attention_calls import DTYPES, Inputs
+from gemma4_kernels.bench.case_strings import EXCERPT_ABOVE, CaseString, each_once
 from gemma4_kernels.bench.linear_inputs import default_group, random_weight, weight_bytes
 from gemma4_kernels.checks import ShapeError
 from gemma4_kernels.geometry import GEMMA4_12B
@@ -29,13 +29,12 @@ from gemma4_kernels.linear.schemes import SCHEMES, check_sizes
 from gemma4_kernels.linear.weight import TENSORS, QuantizedWeight
 
 LINEAR_OPS = ("quantized_linear", "quantized_geglu", "quantized_argmax", "quantized_embedding")
-EXCERPT_ABOVE = 1e9
 EXCERPT_OUTPUTS = 64
 Result = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class LinearCase:
+class LinearCase(CaseString):
     """One call of a public function on quantised weights. What is at its default is left out of the string."""
 
     family: ClassVar[str] = "linear"
@@ -76,14 +75,6 @@ class LinearCase:
             check_sizes("parse", scheme, (given.get("n", cls.n), given.get("k", cls.k)), group)
         except ShapeError as error:
             raise ValueError(str(error)) from error
-
-    def __str__(self) -> str:
-        shown = [f.name for f in fields(self) if f.name not in ("op", "tags") and getattr(self, f.name) != f.default]
-        return f"{self.op}({','.join(f'{name}={getattr(self, name)}' for name in shown)})"
-
-    @property
-    def seed(self) -> int:
-        return zlib.crc32(str(self).encode())
 
     @property
     def _weights(self) -> tuple[str, ...]:
@@ -287,9 +278,9 @@ def _linear_bench() -> Iterator[LinearCase]:
 @lru_cache
 def linear_cases() -> tuple[LinearCase, ...]:
     """Cases for correctness, each once."""
-    return tuple({str(case): case for case in _linear()}.values())
+    return each_once(_linear())
 
 
 @lru_cache
 def linear_bench_cases() -> tuple[LinearCase, ...]:
-    return tuple({str(case): case for case in _linear_bench()}.values())
+    return each_once(_linear_bench())

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+DECODE_ROWS = 16
+"""Up to here a call is decoding or verifying drafts, and the bits of a row do not depend on the others."""
+
 
 def fp32_sums(device_type: str) -> AbstractContextManager[Any]:
     """Autocast would run the products inside an op at its own dtype; the op says what dtype they have."""

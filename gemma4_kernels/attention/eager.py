@@ -33,7 +33,7 @@ from gemma4_kernels.attention.eager_tiles import (
     paged_rows,
     row_max,
 )
-from gemma4_kernels.attention.ops import DECODE_ROWS
+from gemma4_kernels.op_support import DECODE_ROWS
 
 # Query rows of a prefill tile. A sliding layer computes up to this many keys too many per window: 128 of 1024 costs 12 %.
 TILE_ROWS = 128

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gemma4_kernels.attention.ops import DECODE_ROWS
+from gemma4_kernels.op_support import DECODE_ROWS
 
 # Keys of a prefill tile, and of one chunk of a decode tile: a matmul of this size is one BLAS call's efficient inner loop.
 CHUNK_KEYS = 512

@@ -17,11 +17,8 @@ from torch import Tensor
 
 from gemma4_kernels import backends, checks
 from gemma4_kernels.backends import Call, Implementation
-from gemma4_kernels.op_support import fp32_sums, refuse_backward
+from gemma4_kernels.op_support import DECODE_ROWS, fp32_sums, refuse_backward
 from gemma4_kernels.triton_common import support
-
-DECODE_ROWS = 16
-"""Up to here a call is decoding or verifying drafts, and a row's bits depend on nothing but its own keys."""
 
 MAX_HEAD_DIM = 512
 
@@ -279,15 +276,5 @@ for _op in DESCRIBERS:
         )
     )
     backends.register(
-        Implementation(
-            op=_op,
-            backend="triton",
-            entry=f"gemma4_kernels.attention.triton.backend:{_op}",
-            dtypes=frozenset({torch.bfloat16, torch.float16, torch.float32}),
-            features=_ALL_FEATURES,
-            max_head_dim=MAX_HEAD_DIM,
-            missing=support.missing,
-            refuses=support.refuses,
-            only_by_name=support.only_by_name,
-        )
+        support.implementation(_op, f"gemma4_kernels.attention.triton.backend:{_op}", _ALL_FEATURES, MAX_HEAD_DIM)
     )

@@ -125,15 +125,7 @@ for _op, _schema in SCHEMAS.items():
         )
     )
     backends.register(
-        Implementation(
-            op=_op,
-            backend="triton",
-            entry=f"gemma4_kernels.attention.triton.prologue:{_op}",
-            dtypes=frozenset({torch.bfloat16, torch.float16, torch.float32}),
-            features=frozenset({"paged"}),
-            max_head_dim=MAX_HEAD_DIM,
-            missing=support.missing,
-            refuses=support.refuses,
-            only_by_name=support.only_by_name,
+        support.implementation(
+            _op, f"gemma4_kernels.attention.triton.prologue:{_op}", frozenset({"paged"}), MAX_HEAD_DIM
         )
     )

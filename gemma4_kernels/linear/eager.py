@@ -17,8 +17,8 @@ from torch.nn.functional import gelu
 
 from gemma4_kernels.linear import eager_int4
 from gemma4_kernels.linear.weight import QuantizedWeight
+from gemma4_kernels.op_support import DECODE_ROWS
 
-DECODE_ROWS = 16
 _DECODE_BYTES = 1 << 21  # of fp32 weights at a time: they are read again, from the cache, for every row of x
 _PREFILL_BYTES = 1 << 23  # enough outputs at a time for PyTorch's product to be as fast as it gets
 _ARGMAX_ROWS = 128  # rows of x whose logits exist at a time

@@ -18,12 +18,10 @@ from torch import Tensor
 from gemma4_kernels import backends, checks
 from gemma4_kernels.backends import Call, Implementation
 from gemma4_kernels.linear.weight import TENSORS, QuantizedWeight
-from gemma4_kernels.op_support import fp32_sums, refuse_backward
+from gemma4_kernels.op_support import DECODE_ROWS, fp32_sums, refuse_backward
 from gemma4_kernels.triton_common import support
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-DECODE_ROWS = 16
-"""Up to here a call is decoding or verifying drafts, and the bits of a row do not depend on the others."""
 
 
 def _weight(name: str) -> str:
@@ -120,15 +118,4 @@ for _op, _schema in SCHEMAS.items():
             features=frozenset(),
         )
     )
-    backends.register(
-        Implementation(
-            op=_op,
-            backend="triton",
-            entry=f"gemma4_kernels.linear.triton.backend:{_op}",
-            dtypes=frozenset(DTYPES),
-            features=frozenset(),
-            missing=support.missing,
-            refuses=support.refuses,
-            only_by_name=support.only_by_name,
-        )
-    )
+    backends.register(support.implementation(_op, f"gemma4_kernels.linear.triton.backend:{_op}", frozenset()))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 from importlib.util import find_spec
 
+import torch
+
 from gemma4_kernels import environment
-from gemma4_kernels.backends import Call
+from gemma4_kernels.backends import Call, Implementation
 
 # Tensor cores that multiply bf16, and loads that go past the registers (cp.async), begin there.
 OLDEST_ARCHITECTURE = 80
@@ -41,3 +43,18 @@ def only_by_name(call: Call) -> str | None:
     if call.device_type == "cpu":
         return "could interpret it, slowly: only where asked for by name"
     return None
+
+
+def implementation(op: str, entry: str, features: frozenset[str], max_head_dim: int | None = None) -> Implementation:
+    """The declaration of an op's Triton kernels; entry is "package.module:function"."""
+    return Implementation(
+        op=op,
+        backend="triton",
+        entry=entry,
+        dtypes=frozenset({torch.bfloat16, torch.float16, torch.float32}),
+        features=features,
+        max_head_dim=max_head_dim,
+        missing=missing,
+        refuses=refuses,
+        only_by_name=only_by_name,
+    )

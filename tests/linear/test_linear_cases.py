@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gemma4_kernels import backends
 from gemma4_kernels.bench import linear_baselines, validation
 from gemma4_kernels.bench import linear_cases as listed
 from gemma4_kernels.bench.cases import all_cases, parse
@@ -108,8 +109,6 @@ def test_an_excerpt_is_a_part_of_the_whole(case, monkeypatch):
 def broken(monkeypatch, name, change):
     right = getattr(eager, name)
     monkeypatch.setattr(eager, name, lambda *arguments: change(right(*arguments), arguments))
-    from gemma4_kernels import backends
-
     for (op, backend), implementation in backends._implementations.items():
         if op == name and backend == "eager":
             monkeypatch.setitem(implementation.__dict__, "function", getattr(eager, name))

@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma4_kernels.attention.ops import DECODE_ROWS
 from gemma4_kernels.attention.triton import tables
 from gemma4_kernels.attention.triton.call import AttentionCall
 from gemma4_kernels.attention.triton.combine import Splits, part_of
@@ -46,6 +45,7 @@ from gemma4_kernels.attention.triton.pieces import (
     visible,
 )
 from gemma4_kernels.attention.triton.tables import Config
+from gemma4_kernels.op_support import DECODE_ROWS
 from gemma4_kernels.triton_common.devices import Card
 from gemma4_kernels.triton_common.launch import Launch, dot_dtype
 from gemma4_kernels.triton_common.rounding import operand, round_to

@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gemma4_kernels.attention.ops import DECODE_ROWS
 from gemma4_kernels.attention.triton import tables
 from gemma4_kernels.attention.triton.call import AttentionCall
 from gemma4_kernels.attention.triton.combine import Splits
@@ -40,6 +39,7 @@ from gemma4_kernels.attention.triton.pieces import (
     plus_product,
     scaled,
 )
+from gemma4_kernels.op_support import DECODE_ROWS
 from gemma4_kernels.triton_common.devices import Card
 from gemma4_kernels.triton_common.launch import Launch, dot_dtype
 from gemma4_kernels.triton_common.rounding import operand, round_to

@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gemma4_kernels.linear.triton import tables, values
-from gemma4_kernels.linear.triton.linear import DECODE_ROWS, fusion, product_of_tile, tile_constants
+from gemma4_kernels.linear.triton.linear import fusion, product_of_tile, tile_constants
 from gemma4_kernels.linear.weight import QuantizedWeight
+from gemma4_kernels.op_support import DECODE_ROWS
 from gemma4_kernels.triton_common.launch import Launch
 from gemma4_kernels.triton_common.rounding import operand
 

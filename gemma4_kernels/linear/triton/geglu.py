@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gemma4_kernels.linear.triton import tables, values
-from gemma4_kernels.linear.triton.linear import DECODE_ROWS, fusion, load_x, tile_constants
+from gemma4_kernels.linear.triton.linear import fusion, load_x, tile_constants
 from gemma4_kernels.linear.triton.values import load_tile, weights_at
 from gemma4_kernels.linear.weight import QuantizedWeight
+from gemma4_kernels.op_support import DECODE_ROWS
 from gemma4_kernels.triton_common.launch import Launch
 from gemma4_kernels.triton_common.rounding import operand, round_to, to_fp32
 

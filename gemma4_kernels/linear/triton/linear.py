@@ -24,10 +24,9 @@ from torch import Tensor
 from gemma4_kernels.linear.triton import tables, values
 from gemma4_kernels.linear.triton.values import load_tile, weights_at
 from gemma4_kernels.linear.weight import QuantizedWeight
+from gemma4_kernels.op_support import DECODE_ROWS
 from gemma4_kernels.triton_common.launch import Launch, dot_dtype
 from gemma4_kernels.triton_common.rounding import operand, round_to
-
-DECODE_ROWS = 16
 
 
 @triton.jit

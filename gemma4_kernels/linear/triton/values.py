@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
+from gemma4_kernels.linear.weight import TENSORS, QuantizedWeight
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from gemma4_kernels.linear.weight import QuantizedWeight
 
 SUPER_BLOCK = tl.constexpr(256)  # columns of one outer scale; groups of one scale of nested scales
 
@@ -28,19 +28,7 @@ def arguments(weight: QuantizedWeight, prefix: str = "") -> dict[str, Any]:
 
     The prefix tells two weights of one kernel apart: "gate_".
     """
-    names = (
-        "codes",
-        "high",
-        "scales",
-        "offsets",
-        "zeros",
-        "group_scales",
-        "table",
-        "scale_table",
-        "scale_scales",
-        "scale_offset",
-    )
-    return {f"{prefix}{name}_ptr": getattr(weight, name) for name in names}
+    return {f"{prefix}{name}_ptr": getattr(weight, name) for name in TENSORS if name != "columns"}
 
 
 def constants(weight: QuantizedWeight) -> dict[str, Any]:
