@@ -1,0 +1,35 @@
+"""What a drafter reads of its target: the committed keys and values of two layers, wherever they lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """Keys and values of one layer of the target, rotated and normed as its attention uses them."""
+
+    keys: Tensor | None
+    """(B, S, Hkv, D), or pages (num_pages, page_size, Hkv, D) with block_table. None: they are a function of the values."""
+    values: Tensor
+    """Shaped like keys; row j of a request is its position j."""
+    block_table: Tensor | None = None
+    """(B, pages of a request) int32. A ring's table repeats, see `attention.ring`."""
+    k_norm_weight: Tensor | None = None
+    """(D,), where keys is None: key[j] = rope(value[j] * k_norm_weight, j)."""
+    inv_freq: Tensor | None = None
+    """(D/2,) fp32 with its zeros, where keys is None."""
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """The rows of a batch of B requests that are committed: nothing after `lengths` is visible to a drafter."""
+
+    sliding: LayerRows
+    """Of the target's last sliding layer. The newest window + 1 positions must be there; older ones are not read."""
+    full: LayerRows
+    """Of its last full layer."""
+    lengths: Tensor
+    """(B,) int32: positions 0 to length - 1 are committed. The bonus token has position `length` and is not among them."""
