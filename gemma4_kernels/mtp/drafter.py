@@ -178,9 +178,9 @@ def _check(
     checks.same_device(_NAME, tokens=tokens, hidden=hidden, lengths=rows.lengths, weights=weight)
     for kind in drafter.model.kinds:
         layer = rows.sliding if kind == "sliding" else rows.full
-        _check_rows(f"rows.{kind}", layer, config.attention(kind), tokens, dtype)
         if kind == "sliding" and layer.keys is None:
             raise TypeError(f"{_NAME}: rows.sliding.keys must be a tensor, got None: only full layers can do without")
+        _check_rows(f"rows.{kind}", layer, config.attention(kind), tokens, dtype)
     if sliding_rows is None:
         return config.window, 0
     shown = checks.whole_number(_NAME, "sliding_rows", sliding_rows, minimum=1)
