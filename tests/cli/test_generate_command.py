@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("transformers")
 
 import small_models
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
