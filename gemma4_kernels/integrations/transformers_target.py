@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from gemma4_kernels import checks
 from gemma4_kernels.attention.api import flash_attn_func
 from gemma4_kernels.mtp.cache import CachedLayer, SpeculativeCache
 from gemma4_kernels.mtp.rows import SharedRows
@@ -31,10 +32,12 @@ class TransformersTarget:
     Args:
         model: in evaluation mode, on one device.
         values_only: full layers whose keys are a function of their values cache the values alone, which is half the memory.
+        prefill_chunk: prompts of text are read so many tokens at a time, which bounds the memory for activations. Prompts with
+            images, video or audio are read at once.
     Raises: ValueError for a model that is none of these.
     """
 
-    def __init__(self, model: Any, *, values_only: bool = True) -> None:
+    def __init__(self, model: Any, *, values_only: bool = True, prefill_chunk: int = 2048) -> None:
         self.model = model
         self.config = model.config.get_text_config()
         kinds = getattr(self.config, "layer_types", None)
@@ -53,8 +56,12 @@ class TransformersTarget:
         self._owner = [index if index < num_own else last[kind] for index, kind in enumerate(kinds)]
         self._shared = {_KINDS[kind]: index for kind, index in last.items()}
         self._layers = {index: self._cached_layer(index, values_only) for index in range(num_own)}
+        self.prefill_chunk = checks.whole_number("TransformersTarget", "prefill_chunk", prefill_chunk, minimum=1)
         self._blocks: Tensor | None = None  # (B, S) block ids of the prompts
-        self._is_prefill = False
+        self._start: int | None = None  # position of the first row of a pass over prompts
+        self._before: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # sliding layer -> keys and values that its chunk sees besides
         AttentionInterface.register(NAME, _attention)
 
     def _cached_layer(self, index: int, values_only: bool) -> CachedLayer:
@@ -79,18 +86,26 @@ class TransformersTarget:
             self._layers, batch=batch, max_positions=max_positions, tentative_rows=tentative_rows,
             dtype=self.model.dtype, device=self.device,
         )  # fmt: skip
-        self.cache.begin_prompts(lengths)
         self._blocks = self._block_ids(inputs.get("mm_token_type_ids"))
-        positions = torch.arange(longest, device=self.device).expand(batch, -1)  # (B, S)
-        self._is_prefill = True
+        given = {name: value for name, value in inputs.items() if value is not None}
+        chunk = longest if given else self.prefill_chunk
+        last: list[Tensor | None] = [None] * batch  # (hidden,) of each prompt's last token
         try:
-            hidden = self._forward(tokens, positions, inputs)  # (B, S, hidden)
+            for start in range(0, longest, chunk):
+                stop = min(start + chunk, longest)
+                self.cache.begin_prompts(lengths, start, stop)
+                self._start = start
+                positions = torch.arange(start, stop, device=self.device).expand(batch, -1)  # (B, rows)
+                hidden = self._forward(tokens[:, start:stop], positions, given)  # (B, rows, hidden)
+                for b, length in enumerate(lengths):
+                    if start < length <= stop:
+                        last[b] = hidden[b, length - 1 - start]
         finally:
-            self._is_prefill, self._blocks = False, None
-        read = torch.tensor(lengths, device=self.device)
-        self.cache.commit(read)
-        last = hidden[torch.arange(batch, device=self.device), read - 1][:, None]  # (B, 1, hidden)
-        return Pass(self.model.get_output_embeddings()(last), last)
+            self._start, self._blocks = None, None
+            self._before.clear()
+        self.cache.commit(torch.tensor(lengths, device=self.device))
+        rows = torch.stack([row for row in last if row is not None])[:, None]  # (B, 1, hidden)
+        return Pass(self.model.get_output_embeddings()(rows), rows)
 
     def step(self, tokens: Tensor) -> Pass:
         cache = self._begun()
@@ -115,7 +130,10 @@ class TransformersTarget:
 
     def update(self, keys: Tensor, values: Tensor, index: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """`Cache.update`: keys and values (B, Hkv, S, D) of a layer's new rows."""
-        self._begun().write(index, keys.transpose(1, 2), values.transpose(1, 2))
+        cache = self._begun()
+        if self._start and cache.layers[index].kind == "sliding":  # before its rows are overwritten
+            self._before[index] = cache.newest(index, self._start)
+        cache.write(index, keys.transpose(1, 2), values.transpose(1, 2))
         return keys, values
 
     def get_seq_length(self, *_: Any) -> int:
@@ -124,27 +142,28 @@ class TransformersTarget:
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attention of one layer: query (B, Hq, S, D), the pass's own key and value (B, Hkv, S, D)."""
-        q = query.transpose(1, 2)
-        if not self._is_prefill:
-            return self._begun().attend(self._owner[module.layer_idx], q, softmax_scale=scale)
-        sliding = module.sliding_window is not None
-        window = (module.sliding_window - 1, 0) if sliding else (-1, -1)
+        q, owner, is_sliding = query.transpose(1, 2), self._owner[module.layer_idx], module.sliding_window is not None
+        if self._start is None or (self._start and not is_sliding):
+            return self._begun().attend(owner, q, softmax_scale=scale)
+        # A ring has no room for all rows of a prompt, and of the first rows everything that they see is at hand.
+        k, v = key.transpose(1, 2), value.transpose(1, 2)  # (B, S, Hkv, D)
+        if self._start:
+            k, v = (torch.cat(both, dim=1) for both in zip(self._before[owner], (k, v), strict=True))
         out = flash_attn_func(
-            q, key.transpose(1, 2), value.transpose(1, 2), scale, causal=True, window_size=window,
-            block_ids=self._blocks if sliding else None,
+            q, k, v, scale, causal=True, window_size=(module.sliding_window - 1, 0) if is_sliding else (-1, -1),
+            block_ids=self._blocks if is_sliding else None,
         )  # fmt: skip
         assert isinstance(out, Tensor)  # without return_lse
         return out
 
     def _forward(self, tokens: Tensor, positions: Tensor, inputs: dict[str, Any]) -> Tensor:
         """(B, S, hidden) after the final norm."""
-        given = {name: value for name, value in inputs.items() if value is not None}
         with _implementation(self.config, NAME):
             out = self.model.base_model(
                 input_ids=tokens, position_ids=positions, past_key_values=self, use_cache=True,
                 # Ready-made masks, so that transformers makes none: the attention knows what is visible.
                 attention_mask={"full_attention": None, "sliding_attention": None},
-                speculative_target=self, **given,
+                speculative_target=self, **inputs,
             )  # fmt: skip
         hidden: Tensor = out.last_hidden_state
         return hidden

@@ -103,22 +103,34 @@ class SpeculativeCache:
         """Bytes of all keys and values."""
         return sum(rows.nbytes for pages in self._pages.values() for rows in pages if rows is not None)
 
-    def begin_prompts(self, lengths: list[int]) -> None:
-        """Announce a pass over whole prompts (B, S), padded on the right; `lengths` says how much of each is text.
+    def begin_prompts(self, lengths: list[int], start: int, stop: int) -> None:
+        """Announce a pass over positions start to stop - 1 of prompts, padded on the right to stop; `lengths` says how much
+        of each prompt is text.
 
-        Sliding layers keep what later rows and the drafter will read. The pass attends to its own keys, not to the cache.
+        What is written is what later rows and the drafter will read: of sliding layers, the end of each prompt.
         """
         device = self.lengths.device
         for kind, table in self._tables.items():
-            # The drafter sees one row more than the window.
             keep = self._capacity if kind == "sliding" else max(lengths)
-            spans = [(max(0, length - keep), length) for length in lengths]
-            request = torch.tensor([b for b, span in enumerate(spans) for _ in range(*span)])
-            position = torch.cat([torch.arange(*span) for span in spans])
+            # A chunk in the middle of a prompt is followed by rows that see its end.
+            spans = [(max(start, min(length, stop) - keep), min(length, stop)) for length in lengths]
+            request = torch.tensor([b for b, span in enumerate(spans) for _ in range(*span)], dtype=torch.int64)
+            position = torch.cat([torch.arange(first, max(first, last)) for first, last in spans])
             request, position = request.to(device), position.to(device)
             self._places[kind] = self._place(kind, table[request], position[:, None])[:, 0]
-            self._sources[kind] = request * max(lengths) + position
-        self._attended = torch.tensor(lengths, dtype=torch.int32).to(device)
+            self._sources[kind] = request * (stop - start) + position - start
+        self._attended = torch.full_like(self.lengths, stop)
+
+    def newest(self, index: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, n, Hkv, D) of a sliding layer at positions stop - n to stop - 1, n those that the row at `stop`
+        sees."""
+        layer, (keys, values) = self.layers[index], self._pages[index]
+        assert layer.window is not None
+        assert keys is not None
+        count = min(stop, layer.window - 1)
+        positions = torch.arange(stop - count, stop, device=keys.device).expand(self.batch, -1)
+        place = self._place(layer.kind, self._tables[layer.kind], positions)  # (B, n)
+        return keys.flatten(0, 1)[place], values.flatten(0, 1)[place]
 
     def begin_rows(self, rows: int) -> Tensor:
         """Announce a pass over `rows` tentative rows. Returns their positions (B, rows) int64."""

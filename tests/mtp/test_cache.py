@@ -51,7 +51,7 @@ def test_attention_is_that_over_all_committed_rows(drafts, lengths):
         dtype=torch.float64, device="cpu",
     )  # fmt: skip
     prompt = rows_of(batch, max(lengths), seed=0)
-    cache.begin_prompts(list(lengths))
+    cache.begin_prompts(list(lengths), 0, max(lengths))
     for index, (keys, values) in prompt.items():
         cache.write(index, keys, values)
     cache.commit(torch.tensor(lengths))

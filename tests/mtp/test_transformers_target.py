@@ -132,6 +132,29 @@ def test_a_pass_over_drafts_gives_the_logits_of_a_pass_over_everything(pair, val
         lengths = [length + 4 for length in committed]
 
 
+@pytest.mark.parametrize("chunk", [1, 5, WINDOW - 1, WINDOW, 2 * WINDOW + 3])
+@pytest.mark.parametrize("name", [None, *VARIANTS])
+def test_prompts_read_in_chunks_are_read_the_same(pair, chunk, name):
+    model = pair[0] if name is None else variant(**VARIANTS[name])
+    asked = prompts(*LENGTHS)
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in asked], batch_first=True)
+    options = {"max_positions": 60, "tentative_rows": 3, "inputs": {}}
+    whole, chunked = (TransformersTarget(model, prefill_chunk=size) for size in (1000, chunk))
+    with torch.no_grad():
+        for one, other in zip(
+            whole.prefill(tokens, list(LENGTHS), **options),
+            chunked.prefill(tokens, list(LENGTHS), **options),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        for seed in range(3):
+            new = random_ids(len(asked), 3, seed=seed)
+            one, other = whole.step(new), chunked.step(new)
+            torch.testing.assert_close(one.hidden, other.hidden, rtol=1e-4, atol=1e-4)
+            for target in (whole, chunked):
+                target.commit(torch.tensor([1, 3, 2, 1, 3]))
+
+
 def test_images_follow_the_models_own_rule():
     """A block of an image looks both ways on sliding layers, within the window: "window" in the reference."""
     model = small_models.multimodal_model()
