@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ VOCAB, HIDDEN, WINDOW, PROMPT = 8192, 256, 128, 200
 SLIDING = AttentionGeometry(4, 2, 128, WINDOW, False, 1e4, 1.0)
 FULL = AttentionGeometry(4, 1, 256, None, True, 1e6, 0.25)
 ACCEPTANCE = 0.8
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def main() -> None:
@@ -71,10 +73,10 @@ def _target() -> object:
 def _drafter() -> mtp.Drafter:
     kinds = ("sliding", "sliding", "sliding", "full")
     config = mtp.DrafterConfig(VOCAB, HIDDEN // 4, 2 * HIDDEN, HIDDEN, kinds, SLIDING, FULL)  # type: ignore[arg-type]
-    return _random(mtp.Drafter(config))  # type: ignore[no-any-return]
+    return _random(mtp.Drafter(config))
 
 
-def _random(model: torch.nn.Module) -> torch.nn.Module:
+def _random(model: Model) -> Model:
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
