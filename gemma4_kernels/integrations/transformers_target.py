@@ -32,12 +32,17 @@ class TransformersTarget:
     Args:
         model: in evaluation mode, on one device.
         values_only: full layers whose keys are a function of their values cache the values alone, which is half the memory.
+        max_rows: the most rows of a pass over drafts; a batch with more is read in groups, and its prompts one by one. With 16,
+            and layers whose rows do not change one another's bits up to 16 (QuantizedLinear), a text has the same bits behind
+            it with drafts or without, whatever the batch, at the price of reading the weights for each group.
         prefill_chunk: prompts of text are read so many tokens at a time, which bounds the memory for activations. Prompts with
             images, video or audio are read at once.
     Raises: ValueError for a model that is none of these.
     """
 
-    def __init__(self, model: Any, *, values_only: bool = True, prefill_chunk: int = 2048) -> None:
+    def __init__(
+        self, model: Any, *, values_only: bool = True, max_rows: int | None = None, prefill_chunk: int = 2048
+    ) -> None:
         self.model = model
         self.config = model.config.get_text_config()
         kinds = getattr(self.config, "layer_types", None)
@@ -56,6 +61,9 @@ class TransformersTarget:
         self._owner = [index if index < num_own else last[kind] for index, kind in enumerate(kinds)]
         self._shared = {_KINDS[kind]: index for kind, index in last.items()}
         self._layers = {index: self._cached_layer(index, values_only) for index in range(num_own)}
+        self.max_rows = max_rows
+        if max_rows is not None:
+            checks.whole_number("TransformersTarget", "max_rows", max_rows, minimum=1)
         self.prefill_chunk = checks.whole_number("TransformersTarget", "prefill_chunk", prefill_chunk, minimum=1)
         self._blocks: Tensor | None = None  # (B, S) block ids of the prompts
         self._start: int | None = None  # position of the first row of a pass over prompts
@@ -81,37 +89,56 @@ class TransformersTarget:
     def prefill(
         self, tokens: Tensor, lengths: list[int], *, max_positions: int, tentative_rows: int, inputs: dict[str, Any]
     ) -> Pass:
-        batch, longest = tokens.shape
+        batch = tokens.shape[0]
         self.cache = SpeculativeCache(
             self._layers, batch=batch, max_positions=max_positions, tentative_rows=tentative_rows,
             dtype=self.model.dtype, device=self.device,
         )  # fmt: skip
         self._blocks = self._block_ids(inputs.get("mm_token_type_ids"))
         given = {name: value for name, value in inputs.items() if value is not None}
-        chunk = longest if given else self.prefill_chunk
-        last: list[Tensor | None] = [None] * batch  # (hidden,) of each prompt's last token
+        # Images and the like come for the whole batch.
+        groups = [slice(0, batch)] if given or self.max_rows is None else [slice(b, b + 1) for b in range(batch)]
         try:
-            for start in range(0, longest, chunk):
-                stop = min(start + chunk, longest)
-                self.cache.begin_prompts(lengths, start, stop)
-                self._start = start
-                positions = torch.arange(start, stop, device=self.device).expand(batch, -1)  # (B, rows)
-                hidden = self._forward(tokens[:, start:stop], positions, given)  # (B, rows, hidden)
-                for b, length in enumerate(lengths):
-                    if start < length <= stop:
-                        last[b] = hidden[b, length - 1 - start]
+            rows = torch.cat([self._read_prompts(tokens[group], lengths[group], group, given) for group in groups])
         finally:
             self._start, self._blocks = None, None
             self._before.clear()
         self.cache.commit(torch.tensor(lengths, device=self.device))
-        rows = torch.stack([row for row in last if row is not None])[:, None]  # (B, 1, hidden)
-        return Pass(self.model.get_output_embeddings()(rows), rows)
+        return Pass(self._head(rows), rows)
+
+    def _read_prompts(self, tokens: Tensor, lengths: list[int], group: slice, given: dict[str, Any]) -> Tensor:
+        """Hidden states (B, 1, hidden) of the last tokens of a group's prompts."""
+        longest = max(lengths)
+        chunk = longest if given else self.prefill_chunk
+        last: dict[int, Tensor] = {}
+        for start in range(0, longest, chunk):
+            stop = min(start + chunk, longest)
+            self._begun().begin_prompts(lengths, start, stop, group)
+            self._start = start
+            positions = torch.arange(start, stop, device=self.device).expand(len(lengths), -1)  # (B, rows)
+            hidden = self._forward(tokens[:, start:stop], positions, given)  # (B, rows, hidden)
+            last |= {b: hidden[b, n - 1 - start] for b, n in enumerate(lengths) if start < n <= stop}
+        return torch.stack([last[b] for b in range(len(lengths))])[:, None]
 
     def step(self, tokens: Tensor) -> Pass:
-        cache = self._begun()
-        positions = cache.begin_rows(tokens.shape[1])
-        hidden = self._forward(tokens, positions, {})
-        return Pass(self.model.get_output_embeddings()(hidden), hidden)
+        cache, (batch, rows) = self._begun(), tokens.shape
+        size = batch if self.max_rows is None else max(1, self.max_rows // rows)
+        passes = []
+        for start in range(0, batch, size):
+            group = slice(start, start + size)
+            hidden = self._forward(
+                tokens[group], cache.begin_rows(rows, group), {}
+            )  # (requests of the group, rows, hidden)
+            passes.append((self._head(hidden), hidden))
+        logits, hiddens = zip(*passes, strict=True)
+        return Pass(torch.cat(logits), torch.cat(hiddens))
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """(B, S, hidden) -> logits (B, S, V), no more than max_rows rows at a time."""
+        head, flat = self.model.get_output_embeddings(), hidden.flatten(0, 1)
+        size = flat.shape[0] if self.max_rows is None else self.max_rows
+        logits: Tensor = torch.cat([head(part) for part in flat.split(size)])  # (B * S, V)
+        return logits.unflatten(0, hidden.shape[:2])
 
     def commit(self, count: Tensor) -> None:
         self._begun().commit(count)

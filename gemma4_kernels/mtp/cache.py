@@ -26,6 +26,7 @@ from gemma4_kernels.mtp.rows import LayerRows, SharedRows
 
 FULL_PAGE = 64
 """Rows of a page of a full layer."""
+_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class SpeculativeCache:
         self._tables: dict[str, Tensor] = {}  # kind -> (B, pages of a request) int32
         self._page_sizes: dict[str, int] = {}
         self._capacity = 0  # rows of a ring
+        self._group = slice(None)  # the requests of a pass
         self._places: dict[str, Tensor] = {}  # kind -> where a pass writes, in rows of all pages
         self._sources: dict[str, Tensor | None] = {}  # kind -> which rows of the pass (B * S) it writes, None for all
         self._attended = self.lengths  # rows that a request has during a pass
@@ -103,14 +105,16 @@ class SpeculativeCache:
         """Bytes of all keys and values."""
         return sum(rows.nbytes for pages in self._pages.values() for rows in pages if rows is not None)
 
-    def begin_prompts(self, lengths: list[int], start: int, stop: int) -> None:
-        """Announce a pass over positions start to stop - 1 of prompts, padded on the right to stop; `lengths` says how much
-        of each prompt is text.
+    def begin_prompts(self, lengths: list[int], start: int, stop: int, group: slice = _ALL) -> None:
+        """Announce a pass over positions start to stop - 1 of the prompts of a group of requests, padded on the right to
+        stop; `lengths` says how much of each of them is text.
 
         What is written is what later rows and the drafter will read: of sliding layers, the end of each prompt.
         """
+        self._group = group
         device = self.lengths.device
-        for kind, table in self._tables.items():
+        for kind in self._tables:
+            table = self._table(kind)
             keep = self._capacity if kind == "sliding" else max(lengths)
             # A chunk in the middle of a prompt is followed by rows that see its end.
             spans = [(max(start, min(length, stop) - keep), min(length, stop)) for length in lengths]
@@ -119,7 +123,7 @@ class SpeculativeCache:
             request, position = request.to(device), position.to(device)
             self._places[kind] = self._place(kind, table[request], position[:, None])[:, 0]
             self._sources[kind] = request * (stop - start) + position - start
-        self._attended = torch.full_like(self.lengths, stop)
+        self._attended = torch.full_like(self.lengths[group], stop)
 
     def newest(self, index: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values (B, n, Hkv, D) of a sliding layer at positions stop - n to stop - 1, n those that the row at `stop`
@@ -128,18 +132,25 @@ class SpeculativeCache:
         assert layer.window is not None
         assert keys is not None
         count = min(stop, layer.window - 1)
-        positions = torch.arange(stop - count, stop, device=keys.device).expand(self.batch, -1)
-        place = self._place(layer.kind, self._tables[layer.kind], positions)  # (B, n)
+        table = self._table(layer.kind)
+        positions = torch.arange(stop - count, stop, device=keys.device).expand(table.shape[0], -1)
+        place = self._place(layer.kind, table, positions)  # (B, n)
         return keys.flatten(0, 1)[place], values.flatten(0, 1)[place]
 
-    def begin_rows(self, rows: int) -> Tensor:
-        """Announce a pass over `rows` tentative rows. Returns their positions (B, rows) int64."""
-        positions = self.lengths[:, None] + torch.arange(rows, device=self.lengths.device)  # (B, rows) int64
-        for kind, table in self._tables.items():
-            self._places[kind] = self._place(kind, table, positions).flatten()
+    def begin_rows(self, rows: int, group: slice = _ALL) -> Tensor:
+        """Announce a pass over `rows` tentative rows of a group of requests. Returns their positions (B, rows) int64."""
+        self._group = group
+        lengths = self.lengths[group]
+        positions = lengths[:, None] + torch.arange(rows, device=lengths.device)  # (B, rows) int64
+        for kind in self._tables:
+            self._places[kind] = self._place(kind, self._table(kind), positions).flatten()
             self._sources[kind] = None
-        self._attended = self.lengths + rows
+        self._attended = lengths + rows
         return positions
+
+    def _table(self, kind: str) -> Tensor:
+        """(B, pages of a request) of the requests of a pass."""
+        return self._tables[kind][self._group]
 
     def _place(self, kind: str, table: Tensor, positions: Tensor) -> Tensor:
         """The row, counted over all pages, of each of positions (R, S) in requests with the tables (R, pages)."""
@@ -160,7 +171,7 @@ class SpeculativeCache:
     def attend(self, index: int, q: Tensor, *, softmax_scale: float) -> Tensor:
         """Attention of tentative rows q (B, S, Hq, D) to what a layer holds: (B, S, Hq, D)."""
         layer, (keys, values) = self.layers[index], self._pages[index]
-        table = self._tables[layer.kind]
+        table = self._table(layer.kind)
         if keys is None:
             assert layer.k_norm_weight is not None  # or keys would be there
             assert layer.inv_freq is not None
@@ -178,7 +189,7 @@ class SpeculativeCache:
         return out
 
     def commit(self, count: Tensor) -> None:
-        """Add to each request's length count (B,) rows of the last pass; the others are forgotten."""
+        """Add to each request's length count (B,) rows of its last pass; the others are forgotten."""
         self.lengths = self.lengths + count.to(torch.int32)
 
     def keep(self, requests: Tensor) -> None:
