@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--max-rows",
         type=int,
-        help="the most rows of a pass over drafts; with 16 and quantised layers a text has the same bits behind it in any batch",
+        help="the most rows of a pass over drafts; with 16 and quantised layers a text keeps its bits in any batch",
     )
     parser.add_argument("--device", help="default: cuda if there is one, then mps, then cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
@@ -72,7 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
             drafter = mtp.Drafter.from_folder(Path(arguments.drafter), dtype=dtype, device=device)
         printer = _Printer(tokenizer, len(prompts))
         generation = mtp.generate(
-            TransformersTarget(model, max_rows=arguments.max_rows), drafter, [_tokens(tokenizer, prompt, arguments.chat) for prompt in prompts],
+            TransformersTarget(model, max_rows=arguments.max_rows),
+            drafter,
+            [_tokens(tokenizer, prompt, arguments.chat) for prompt in prompts],
             max_new_tokens=arguments.max_new_tokens, num_drafts=arguments.num_drafts, adaptive=not arguments.fixed,
             temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p, min_p=arguments.min_p,
             seeds=arguments.seed, method=arguments.method, stop_strings=arguments.stop, tokenizer=tokenizer,

@@ -137,8 +137,8 @@ class TransformersTarget:
         """(B, S, hidden) -> logits (B, S, V), no more than max_rows rows at a time."""
         head, flat = self.model.get_output_embeddings(), hidden.flatten(0, 1)
         size = flat.shape[0] if self.max_rows is None else self.max_rows
-        logits: Tensor = torch.cat([head(part) for part in flat.split(size)])  # (B * S, V)
-        return logits.unflatten(0, hidden.shape[:2])
+        logits = torch.cat([head(part) for part in flat.split(size)])  # (B * S, V)
+        return logits.view(*hidden.shape[:2], -1)
 
     def commit(self, count: Tensor) -> None:
         self._begun().commit(count)
