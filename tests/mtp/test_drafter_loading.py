@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,6 +167,9 @@ def test_a_configuration_says_the_same_in_all_its_forms(ordered_embeddings: bool
     assistant.config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert DrafterConfig.from_config(saved) == config
+    wide = json.loads((tmp_path / "config.json").read_text())
+    wide["text_config"]["use_double_wide_mlp"] = True
+    assert DrafterConfig.from_config(wide) == replace(config, intermediate_size=2 * config.intermediate_size)
     # Before per_layer_config, and without what has a default.
     text = saved["text_config"]
     for name in ("per_layer_config", "rope_parameters", "rms_norm_eps", "use_double_wide_mlp", "attention_bias"):
@@ -215,6 +219,7 @@ BAD_CONFIGS = [
     ("text_config.per_layer_config", 3, "per_layer_config: expected an object"),
     ("text_config.per_layer_config", {"3": 3}, r"per_layer_config\[3\]: expected an object"),
     ("text_config.per_layer_config", {"1": {"head_dim": 128}}, "expected one shape for all sliding_attention layers"),
+    ("text_config.num_kv_shared_layers", 2, "num_kv_shared_layers: expected 4, all layers, got 2"),
     ("text_config.sliding_window", None, "sliding_window: expected in the configuration"),
     ("text_config.sliding_window", 0, "sliding_window: expected a whole number"),
     ("text_config.rms_norm_eps", "x", "rms_norm_eps: expected a positive number"),
@@ -374,6 +379,7 @@ BAD_FOLDERS: list[tuple[Any, type[Exception], str]] = [
     (
         lambda tensors, config: config["text_config"].update(
             layer_types=["sliding_attention"] * 20000 + ["full_attention"],
+            num_kv_shared_layers=0,
             per_layer_config={"20000": {"head_dim": 512, "num_key_value_heads": 1}},
         ),
         WeightFileError, "has no model.layers.20000.layer_scalar, but 20001 layers",
