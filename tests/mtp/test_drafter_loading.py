@@ -21,6 +21,7 @@ from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemm
 from weight_files import named, safetensors_file, small_gguf
 
 from gemma4_kernels import (
+    GEMMA4_12B_DRAFTER,
     DTypeError,
     FormatError,
     QuantizedEmbedding,
@@ -176,6 +177,36 @@ def test_a_configuration_says_the_same_in_all_its_forms(ordered_embeddings: bool
         del text[name]
     text |= {"num_global_key_value_heads": 1, "global_head_dim": 512}
     assert DrafterConfig.from_config(saved) == config
+
+
+def test_the_drafter_of_the_12b() -> None:
+    """As its config.json has it, at the longest context; on the meta device, where it takes no memory."""
+    text = {
+        "vocab_size": 262144, "hidden_size": 1024, "intermediate_size": 8192, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 256, "num_global_key_value_heads": 1, "global_head_dim": 512,
+        "attention_k_eq_v": True, "sliding_window": 1024, "num_kv_shared_layers": 4,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    }  # fmt: skip
+    config = DrafterConfig.from_config({"text_config": text, "backbone_hidden_size": 3840})
+    assert (config.layers, config.sliding, config.full) == (
+        GEMMA4_12B_DRAFTER.layers, GEMMA4_12B_DRAFTER.sliding, GEMMA4_12B_DRAFTER.full,
+    )  # fmt: skip
+    with torch.device("meta"):
+        drafter = Drafter(config).bfloat16()
+    assert sum(parameter.numel() for parameter in drafter.parameters()) == 422_856_960
+    drafter = drafter.to("meta")
+    batch, context = 2, 262144
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    ring = LayerRows(*(empty(130, 16, 8, 256) for _ in range(2)), empty(batch, context // 16, dtype=torch.int32))
+    full = LayerRows(None, empty(batch, context, 1, 512), None, empty(512), empty(256, dtype=torch.float32))
+    rows = SharedRows(ring, full, empty(batch, dtype=torch.int32))
+    drafts = drafter.draft(
+        empty(batch, dtype=torch.int64), empty(batch, 3840), rows, lambda ids: empty(batch, 3840), num_drafts=4
+    )
+    assert drafts.tokens.shape == (batch, 4)
 
 
 def edited(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
