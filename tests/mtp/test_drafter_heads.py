@@ -51,22 +51,32 @@ def assert_same_drafts(ours: Drafts, theirs: Drafts, tolerance: float = 1e-4) ->
 # Sampling -----------------------------------------------------------------------------------------------------------
 
 
+FILTERS: list[dict[str, Any]] = [
+    {"temperature": torch.tensor([1.5, 0.0, 0.7])},
+    {"top_k": 2},
+    {"top_p": torch.tensor([0.1, 0.3, 0.5])},
+    {"min_p": 0.9},
+    {"softcap": 0.5},
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=lambda filters: next(iter(filters)))
 @pytest.mark.parametrize("ordered_embeddings", [False, True])
-def test_sampled_drafts_are_samples_of_the_logits_returned(ordered_embeddings: bool) -> None:
+def test_sampled_drafts_are_samples_of_the_logits_returned(ordered_embeddings: bool, filters: dict[str, Any]) -> None:
     now = situation(ordered_embeddings)
-    filters: dict[str, Any] = {"temperature": torch.tensor([1.5, 0.0, 0.7]), "top_k": 30, "top_p": 0.9, "min_p": 0.01}
     seeds = torch.tensor([3, 4, 5])
     drafter = Drafter.from_model(pair(ordered_embeddings)[1])
-    drafts = drafter.draft(**now.arguments, num_drafts=4, sampling=DraftSampling(**filters, softcap=9.0, seeds=seeds))
+    filters = {"temperature": 3.0, **filters}
+    drafts = drafter.draft(**now.arguments, num_drafts=4, sampling=DraftSampling(**filters, seeds=seeds))
     assert drafts.logits is not None
     assert drafts.logits.shape == (3, 4, VOCAB)
+    unfiltered = []
     for step in range(4):
         # The bonus token has index `length`, so the first draft has the next.
-        positions = now.rows.lengths.long() + 1 + step
-        expected = sample_tokens(
-            drafts.logits[:, step], **filters, softcap=9.0, seeds=seeds, positions=positions, stream="draft"
-        )
-        assert torch.equal(drafts.tokens[:, step], expected)
+        noise: dict[str, Any] = {"seeds": seeds, "positions": now.rows.lengths.long() + 1 + step, "stream": "draft"}
+        assert torch.equal(drafts.tokens[:, step], sample_tokens(drafts.logits[:, step], **filters, **noise))
+        unfiltered.append(sample_tokens(drafts.logits[:, step], temperature=3.0, **noise))
+    assert not torch.equal(drafts.tokens, torch.stack(unfiltered, dim=1))
 
 
 def test_a_sampled_draft_is_what_the_next_step_reads() -> None:
