@@ -59,6 +59,7 @@ gpu-check:
 speed: $(READY)
 	$(BIN)/python -m gemma4_kernels.bench.eager_attention
 	$(BIN)/python -m gemma4_kernels.bench.eager_linear
+	$(BIN)/python -m gemma4_kernels.bench.eager_generation
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -11,7 +11,7 @@ the family, nothing else of this package and no other library.
     its drafter            DrafterConfig, ReferenceDrafter, DrafterOutput, Draft
     verification           SamplingFilters, GREEDY, RECOMMENDED, filter_logits, gumbel_noise, sample_tokens,
                            verify_drafts, Verification
-    generation             generate, speculative_generate, drafts_of, DraftContext, SpeculativeResult
+    generation             generate, speculative_generate, drafts_of, DraftContext, SpeculativeResult, ReferenceTarget
 """
 
 from gemma4_kernels.reference.attention import attention, flash_attention, plain_attention
@@ -42,6 +42,7 @@ from gemma4_kernels.reference.speculative import (
     generate,
     speculative_generate,
 )
+from gemma4_kernels.reference.target import ReferenceTarget
 from gemma4_kernels.reference.verification import (
     GREEDY,
     RECOMMENDED,
@@ -68,6 +69,7 @@ __all__ = [
     "ReferenceDrafter",
     "ReferenceModel",
     "ReferenceOutput",
+    "ReferenceTarget",
     "SamplingFilters",
     "SpeculativeResult",
     "Verification",

@@ -21,6 +21,7 @@ from gemma4_kernels.reference.embedders import MultimodalModel
 from gemma4_kernels.reference.layers import softcap
 from gemma4_kernels.reference.loading import load_copy, tie_head
 from gemma4_kernels.reference.masks import BLOCK_RULES, NO_BLOCK, BlockRule, block_ids_from_token_types, layer_visible
+from gemma4_kernels.reference.target import ReferenceTarget
 
 AttentionMask = Tensor | dict[str, Tensor | None]
 
@@ -73,6 +74,10 @@ class ReferenceModel(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states after the final norm: (..., hidden) -> (..., V), softcap included."""
         return softcap(self.lm_head(hidden), self.config.final_softcap)
+
+    def speculative_target(self) -> ReferenceTarget:
+        """This model as a target of `gemma4_kernels.mtp.generate`."""
+        return ReferenceTarget(self)
 
     def logits(self, input_ids: Tensor | None = None, *, logits_to_keep: int | Tensor = 0, **inputs: Any) -> Tensor:
         """Logits (B, S, V) of a forward pass.

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from gemma4_kernels._version import __version__
-from gemma4_kernels.cli import bench, info, validate
+from gemma4_kernels.cli import bench, generate, info, validate
 
-SUBCOMMANDS = (info, validate, bench)
+SUBCOMMANDS = (info, validate, bench, generate)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -33,3 +34,14 @@ class SharedRows:
     """Of its last full layer."""
     lengths: Tensor
     """(B,) int32: positions 0 to length - 1 are committed. The bonus token has position `length` and is not among them."""
+
+    @classmethod
+    def of(cls, rows: Any) -> SharedRows:
+        """`rows`, or the same from anything with these fields: a target need not know this class."""
+        if isinstance(rows, cls):
+            return rows
+
+        def layer(found: Any) -> LayerRows:
+            return LayerRows(*(getattr(found, field.name) for field in fields(LayerRows)))
+
+        return cls(layer(rows.sliding), layer(rows.full), rows.lengths)
