@@ -123,7 +123,8 @@ class Drafter(nn.Module):
                 than the target's own tokens see.
             sampling: None drafts the most likely token.
         Returns: Drafts.
-        Raises: ShapeError, DTypeError, DeviceError, ValueError, TypeError, before anything is computed.
+        Raises: ShapeError, StrideError, DTypeError, DeviceError, ValueError, TypeError, before anything is computed; filters
+            are looked at when the first token is drawn, lengths by attention, on the CPU only.
         """
         window = _check(self, tokens, hidden, rows, num_drafts, position, sliding_rows, sampling)
         positions = rows.lengths.long() - int(position == "last_committed")  # (B,)
@@ -170,6 +171,11 @@ def _check(
         raise ValueError(f"{_NAME}: position must be one of {', '.join(POSITION_RULES)}, got {position!r}")
     if sampling is not None and not isinstance(sampling, DraftSampling):
         raise TypeError(f"{_NAME}: sampling must be a DraftSampling or None, got {type(sampling).__name__}")
+    if sampling is not None and isinstance(sampling.positions, Tensor):
+        checks.has_shape(_NAME, "sampling.positions", sampling.positions, (batch,))
+        checks.has_dtype(_NAME, "sampling.positions", sampling.positions, checks.INTEGERS)
+    elif sampling is not None and sampling.positions is not None:
+        checks.whole_number(_NAME, "sampling.positions", sampling.positions)
     if not isinstance(rows, SharedRows):
         raise TypeError(f"{_NAME}: rows must be a SharedRows, got {type(rows).__name__}")
     checks.has_shape(_NAME, "rows.lengths", rows.lengths, (batch,))

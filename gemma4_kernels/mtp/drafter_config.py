@@ -107,11 +107,16 @@ class DrafterConfig:
             raise ValueError(f"text_config: expected an object, got {type(text).__name__}")
         _refuse_unknown(text)
         layer_types = _need(text, "layer_types")
-        if not isinstance(layer_types, (list, tuple)) or any(
-            not isinstance(name, str) or name not in LAYER_TYPES for name in layer_types
-        ):
+        known = isinstance(layer_types, (list, tuple)) and all(
+            isinstance(name, str) and name in LAYER_TYPES for name in layer_types
+        )
+        if not known or not layer_types:
             raise ValueError(
                 f"layer_types: expected a list of {' and '.join(LAYER_TYPES)}, got {str(layer_types)[:80]}"
+            )
+        if text.get("num_kv_shared_layers") not in (None, 0, len(layer_types)):
+            raise ValueError(
+                f"num_kv_shared_layers: expected {len(layer_types)}, all layers, got {str(text['num_kv_shared_layers'])[:40]}"
             )
         sizes = [_sizes(text, layer, layer_types[layer]) for layer in range(len(layer_types))]
         wide = 2 if text.get("use_double_wide_mlp") else 1
@@ -190,10 +195,10 @@ def _geometry(
     text: Mapping[str, Any], layer_types: Any, sizes: list[tuple[Any, Any, Any]], layer_type: str
 ) -> AttentionGeometry:
     """Of one kind of layers. A drafter without any layer of the kind gets the sizes of its first layer."""
-    present = layer_type if layer_type in layer_types else (layer_types[0] if layer_types else layer_type)
+    present = layer_type if layer_type in layer_types else layer_types[0]
     found = {str(size): size for size, name in zip(sizes, layer_types, strict=True) if name == present}
     if len(found) != 1:
-        raise ValueError(f"layer_types: expected one shape for all {present} layers, got {list(found)[:4] or 'none'}")
+        raise ValueError(f"layer_types: expected one shape for all {present} layers, got {list(found)[:4]}")
     heads, kv_heads, head_dim = next(iter(found.values()))
     parameters = text.get("rope_parameters") or _ROPE
     rope = parameters.get(present) if isinstance(parameters, Mapping) else None

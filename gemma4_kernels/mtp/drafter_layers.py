@@ -79,7 +79,7 @@ class _Layer(nn.Module):
         )  # fmt: skip
         x = x + self.post_attention_layernorm(attended)
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        return x * self.layer_scalar
+        return (x * self.layer_scalar).to(x.dtype)  # the scalar may be kept in fp32
 
 
 class _Attention(nn.Module):

@@ -84,12 +84,12 @@ def from_folder(
         if _HEAD in files.tensors:  # what the file has wins: then the table is of no use
             config = replace(config, tied_head=False)
         drafter, expected = _empty(cls, files, config, dtype)
-        unmatched = replace_linear(drafter, files, strict=False).unmatched
+        _refuse_unknown(files, expected)
+        replace_linear(drafter, files, strict=False)  # a table that is not the head has no module
     except (FormatError, WeightFileError):
         raise
     except (TypeError, ValueError) as error:
         raise WeightFileError(f"{path}: is no drafter that can be read: {error}") from error
-    _refuse_unknown(files, expected, unmatched)
     for name in expected:
         if not files.tensors[name].quantized:
             _load(drafter, files, name, dtype, device)
@@ -116,10 +116,10 @@ def _empty(
     return drafter, expected
 
 
-def _refuse_unknown(files: WeightFiles, expected: list[str], unmatched: tuple[str, ...]) -> None:
+def _refuse_unknown(files: WeightFiles, expected: list[str]) -> None:
     """A tensor that nothing reads would have changed the result: a bias, an adapter, another architecture."""
     known = {*expected, _EMBEDDING}
-    unknown = [name for name in [*files.tensors, *unmatched] if name not in known and not _UNREAD.fullmatch(name)]
+    unknown = [name for name in files.tensors if name not in known and not _UNREAD.fullmatch(name)]
     if unknown:
         raise WeightFileError(f"{files.path}: holds {unknown[0][:200]!r}, which no drafter has")
 

@@ -51,22 +51,32 @@ def assert_same_drafts(ours: Drafts, theirs: Drafts, tolerance: float = 1e-4) ->
 # Sampling -----------------------------------------------------------------------------------------------------------
 
 
+FILTERS: list[dict[str, Any]] = [
+    {"temperature": torch.tensor([1.5, 0.0, 0.7])},
+    {"top_k": 2},
+    {"top_p": torch.tensor([0.1, 0.3, 0.5])},
+    {"min_p": 0.9},
+    {"softcap": 0.5},
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=lambda filters: next(iter(filters)))
 @pytest.mark.parametrize("ordered_embeddings", [False, True])
-def test_sampled_drafts_are_samples_of_the_logits_returned(ordered_embeddings: bool) -> None:
+def test_sampled_drafts_are_samples_of_the_logits_returned(ordered_embeddings: bool, filters: dict[str, Any]) -> None:
     now = situation(ordered_embeddings)
-    filters: dict[str, Any] = {"temperature": torch.tensor([1.5, 0.0, 0.7]), "top_k": 30, "top_p": 0.9, "min_p": 0.01}
     seeds = torch.tensor([3, 4, 5])
     drafter = Drafter.from_model(pair(ordered_embeddings)[1])
-    drafts = drafter.draft(**now.arguments, num_drafts=4, sampling=DraftSampling(**filters, softcap=9.0, seeds=seeds))
+    filters = {"temperature": 3.0, **filters}
+    drafts = drafter.draft(**now.arguments, num_drafts=4, sampling=DraftSampling(**filters, seeds=seeds))
     assert drafts.logits is not None
     assert drafts.logits.shape == (3, 4, VOCAB)
+    unfiltered = []
     for step in range(4):
         # The bonus token has index `length`, so the first draft has the next.
-        positions = now.rows.lengths.long() + 1 + step
-        expected = sample_tokens(
-            drafts.logits[:, step], **filters, softcap=9.0, seeds=seeds, positions=positions, stream="draft"
-        )
-        assert torch.equal(drafts.tokens[:, step], expected)
+        noise: dict[str, Any] = {"seeds": seeds, "positions": now.rows.lengths.long() + 1 + step, "stream": "draft"}
+        assert torch.equal(drafts.tokens[:, step], sample_tokens(drafts.logits[:, step], **filters, **noise))
+        unfiltered.append(sample_tokens(drafts.logits[:, step], temperature=3.0, **noise))
+    assert not torch.equal(drafts.tokens, torch.stack(unfiltered, dim=1))
 
 
 def test_a_sampled_draft_is_what_the_next_step_reads() -> None:
@@ -188,8 +198,11 @@ def test_float64_stays_float64(ordered_embeddings: bool, position: Any) -> None:
         assert_same_logits(got.logits[scored], expected.logits[scored], 1e-12 if rows is now.rows else 1e-6)
 
 
-def test_bfloat16_is_as_exact_as_transformers() -> None:
+@pytest.mark.parametrize("scalar_dtype", [torch.bfloat16, torch.float32])
+def test_bfloat16_is_as_exact_as_transformers(scalar_dtype: torch.dtype) -> None:
     assistant = copy.deepcopy(pair()[1]).bfloat16()
+    for layer in assistant.model.layers:
+        layer.layer_scalar = layer.layer_scalar.to(scalar_dtype)
     now = situation().to(torch.bfloat16)
     single = DraftSampling(temperature=0.0)
     ours = Drafter.from_model(assistant).draft(**now.arguments, num_drafts=1, sampling=single).logits
@@ -264,6 +277,20 @@ def test_a_request_of_nan_drafts_tokens_all_the_same(head: str, sampling: DraftS
     assert tokens.min() >= 0
     assert tokens.max() < VOCAB
     assert torch.equal(tokens[[0, 2]], fine.tokens[[0, 2]])
+
+
+def test_the_epsilon_of_norms_is_that_of_the_configuration() -> None:
+    assistant = copy.deepcopy(pair()[1])
+    assistant.config.text_config.rms_norm_eps = 0.3
+    for module in assistant.modules():
+        if hasattr(module, "eps"):
+            module.eps = 0.3
+    now = situation()
+    expected = ReferenceDrafter.from_transformers(assistant).draft(
+        now.tokens, now.hidden, now.hf_rows, now.embed, num_drafts=2, num_committed=now.rows.lengths
+    )
+    drafts = Drafter.from_model(assistant).draft(**now.arguments, num_drafts=2, sampling=GREEDY_LOGITS)
+    assert_same_drafts(drafts, Drafts(expected.tokens, expected.logits))
 
 
 # Quantised weights --------------------------------------------------------------------------------------------------
@@ -409,6 +436,15 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (lambda _: {"hidden": torch.zeros(3, 8)}, ValueError, r"hidden must have shape \(3, 64\), got \(3, 8\)"),
     (lambda _: {"hidden": torch.zeros(3, HIDDEN).half()}, TypeError, "hidden must be float32, got float16"),
     (lambda _: {"sampling": {"top_k": 3}}, TypeError, "sampling must be a DraftSampling or None, got dict"),
+    (
+        lambda _: {"sampling": DraftSampling(seeds=1, positions=torch.tensor([4]))}, ValueError,
+        r"sampling.positions must have shape \(3\), got \(1\)",
+    ),
+    (
+        lambda _: {"sampling": DraftSampling(seeds=1, positions=torch.ones(3))}, TypeError,
+        "sampling.positions must be int32 or int64, got float32",
+    ),
+    (lambda _: {"sampling": DraftSampling(seeds=1, positions=-1)}, ValueError, "sampling.positions must be at least 0"),
     (lambda _: {"sliding_rows": 0}, ValueError, "sliding_rows must be at least 1, got 0"),
     (lambda _: {"sliding_rows": WINDOW + 2}, ValueError, r"sliding_rows must be at most window \+ 1 = 13, got 14"),
     (lambda _: {"rows": {}}, TypeError, "rows must be a SharedRows, got dict"),
