@@ -55,6 +55,8 @@ class Drafter(nn.Module):
     """
 
     masked_embedding: CentroidHead | None
+    num_assistant_tokens: int | None = None
+    """Drafts of a round that its makers suggest, from the assistant's generation config."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()

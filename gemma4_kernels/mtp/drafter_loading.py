@@ -39,6 +39,7 @@ def from_model(cls: type[Drafter], assistant: Any) -> Drafter:
                 if name not in own._non_persistent_buffers_set:
                     full_name = f"{path}.{name}"
                     _set(own, name, _shared_tensor(assistant, full_name, tensor))
+    drafter.num_assistant_tokens = getattr(getattr(assistant, "generation_config", None), "num_assistant_tokens", None)
     return _ready(drafter, drafter.model.norm.weight.device)
 
 
@@ -93,9 +94,17 @@ def from_folder(
     for name in expected:
         if not files.tensors[name].quantized:
             _load(drafter, files, name, dtype, device)
+    drafter.num_assistant_tokens = _suggested_drafts(path / "generation_config.json", files.nbytes)
     if config.tied_head and not files.tensors[_EMBEDDING].quantized:
         drafter.lm_head.weight = drafter.model.embed_tokens.weight
     return _ready(drafter.to(device), device).requires_grad_(False)
+
+
+def _suggested_drafts(path: Path, largest: int) -> int | None:
+    found = safetensors_file.read_json(path, largest).get("num_assistant_tokens") if path.is_file() else None
+    if found is not None and (not isinstance(found, int) or isinstance(found, bool) or found < 0):
+        raise WeightFileError(f"{path}: num_assistant_tokens must be a whole number, got {str(found)[:200]}")
+    return found
 
 
 def _empty(

@@ -52,8 +52,6 @@ class Drafting:
     def of(
         cls, drafter: Any, target: Target, method: str, position: PositionRule, sliding_rows: int | None
     ) -> Drafting:
-        config = getattr(drafter, "generation_config", None)
-        suggested = getattr(drafter, "num_assistant_tokens", None) or getattr(config, "num_assistant_tokens", None)
         if hasattr(drafter, "pre_projection") and not isinstance(drafter, Drafter):
             drafter = Drafter.from_model(drafter)
         if not callable(drafter):
@@ -62,6 +60,7 @@ class Drafting:
                 f"{type(drafter).__name__}"
             )
         samples = method != "match" and isinstance(drafter, Drafter)
+        suggested = drafter.num_assistant_tokens if isinstance(drafter, Drafter) else None
         return cls(drafter, target, samples, position, sliding_rows, suggested)
 
     def draft(

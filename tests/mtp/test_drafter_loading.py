@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -484,3 +485,16 @@ def test_what_is_no_folder_of_a_drafter_is_refused(saved: Path, tmp_path: Path) 
     (tmp_path / "model.gguf").write_bytes(small_gguf())
     with pytest.raises(FormatError, match="a drafter is not read from gguf; use its safetensors"):
         Drafter.from_folder(tmp_path)
+
+
+def test_the_suggested_number_of_drafts_is_read(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "assistant"
+    shutil.copytree(saved, folder)
+    for text, expected in (('{"num_assistant_tokens": 6}', 6), ("{}", None)):
+        (folder / "generation_config.json").write_text(text)
+        assert Drafter.from_folder(folder).num_assistant_tokens == expected
+    (folder / "generation_config.json").write_text('{"num_assistant_tokens": "many"}')
+    with pytest.raises(WeightFileError, match="num_assistant_tokens must be a whole number, got many"):
+        Drafter.from_folder(folder)
+    (folder / "generation_config.json").unlink()
+    assert Drafter.from_folder(folder).num_assistant_tokens is None
