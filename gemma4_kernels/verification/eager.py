@@ -15,11 +15,22 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels.verification import noise
-from gemma4_kernels.verification.filters import Filters, Survivors, first_largest, fixed_sum, survivors, usable
+from gemma4_kernels.verification.filters import (
+    Filters,
+    Survivors,
+    first_largest,
+    fixed_sum,
+    is_large_row,
+    pieces,
+    survivors,
+    usable,
+)
 from gemma4_kernels.verification.outcome import Outcome, outcome
 
 CHUNK_ELEMENTS = 2**18
 """Logits worked on at once: one row of Gemma's vocabulary."""
+
+_NO_TOKEN = 2**62
 
 Proposal = tuple[Tensor, Tensor]
 """Tokens (R, K + 1), and how many of them are accepted drafts (R,)."""
@@ -86,6 +97,32 @@ class Chunk:
         words = self._words(distribution.ids, row, self.stream)
         return distribution.choose(distribution.scores + noise.gumbel(words))
 
+    def sample_target(self, row: int) -> Tensor:
+        """(R,) the target's sample of a row."""
+        logits, filters = self.logits[:, row], self.filters
+        if is_large_row(logits) and bool(self.usable[:, row]) and not filters.remove_any():
+            return self._sample_of_all(logits, row)
+        return self.sample(self.target(row), row)
+
+    def _sample_of_all(self, logits: Tensor, row: int) -> Tensor:
+        """(1,) of one row (1, V) whose tokens all stay: the same argmax, in pieces, with noise only where it can win."""
+        scored = sorted(pieces(logits, self.filters), key=lambda piece: -float(piece[1].amax()))
+        best, token = -torch.inf, _NO_TOKEN
+        for start, scores in scored:
+            if float(scores.amax()) + noise.LARGEST < best:
+                break
+            stop = start + scores.shape[1]
+            words = noise.words_between(self.seeds, self.positions + row, start, stop, self.stream)
+            # A token far below the best so far needs rare noise, which its word shows without a logarithm.
+            hopeful = ((scores > best - noise.RARE) | (words < noise.RARE_WORD))[0].nonzero().flatten()
+            keys = scores[0, hopeful] + noise.gumbel(words[0, hopeful])
+            if not len(keys) or (largest := float(keys.amax())) < best:
+                continue
+            first = int(hopeful[keys == largest][0]) + start
+            token = first if largest > best else min(first, token)
+            best = largest
+        return torch.tensor([token])
+
     def sample_residual(self, residual: Tensor, otherwise: Tensor, row: int) -> Tensor:
         """(R,) argmax of residual / exponential noise, residual (R, V) not normalised; of `otherwise` where it is all 0."""
         mass = torch.where((residual > 0).any(-1, keepdim=True), residual, otherwise)
@@ -141,7 +178,7 @@ def _match(chunk: Chunk) -> Proposal:
     """Sample the target at every row; keep drafts while they equal the samples."""
     proposal, accepted, running = _start(chunk)
     for row in range(proposal.shape[1]):
-        sample = chunk.sample(chunk.target(row), row)
+        sample = chunk.sample_target(row)
         proposal[:, row] = sample
         if row < chunk.drafts.shape[1]:
             running = running & chunk.is_draft(row) & (sample == chunk.drafts[:, row])

@@ -23,23 +23,27 @@ ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
+RARE, RARE_WORD = 5.0, 28_900_000
+"""Gumbel noise of the first or more, which 0.7 % of all is, has a word below the second (28.85 million and less)."""
+LARGEST = 23.0
+"""Gumbel noise is below."""
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+Word = Tensor | int
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Word, Word]) -> tuple[Tensor, ...]:
     """Philox4x32-10 on int64 tensors that hold 32-bit words. Returns four of them."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        # Products wrap at 64 bits; the sign that this may give them is gone after the masks.
+        # Products wrap at 64 bits; the sign that this may give them is gone after the masks. c1 and c3 keep upper halves
+        # that are masked away once they are used.
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((second >> 32) & _MASK) ^ c1 ^ k0,
-            second & _MASK,
-            ((first >> 32) & _MASK) ^ c3 ^ k1,
-            first & _MASK,
-        )
+        c0, c2 = ((second >> 32) ^ c1 ^ k0) & _MASK, ((first >> 32) ^ c3 ^ k1) & _MASK
+        c1, c3 = second, first
         k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def _words(seeds: Tensor, positions: Tensor, blocks: Tensor, stream: int) -> Tensor:
@@ -49,7 +53,10 @@ def _words(seeds: Tensor, positions: Tensor, blocks: Tensor, stream: int) -> Ten
     counter = (
         blocks + zeros, (position & _MASK) + zeros, zeros + stream, ((position >> 32) & _MASK) + zeros
     )  # fmt: skip
-    return torch.stack(philox(counter, (seed & _MASK, (seed >> 32) & _MASK)), dim=-1)
+    key: tuple[Word, Word] = (seed & _MASK, (seed >> 32) & _MASK)
+    if seed.device.type == "cpu" and seed.numel() == 1:  # numbers of Python need no operations of torch
+        key = (int(key[0]), int(key[1]))
+    return torch.stack(philox(counter, key), dim=-1)
 
 
 def words_of(seeds: Tensor, positions: Tensor, tokens: Tensor, stream: int) -> Tensor:
@@ -60,8 +67,13 @@ def words_of(seeds: Tensor, positions: Tensor, tokens: Tensor, stream: int) -> T
 
 def words_of_all(seeds: Tensor, positions: Tensor, vocab_size: int, stream: int) -> Tensor:
     """The same for tokens 0 to vocab_size - 1, four from one evaluation: (R, V)."""
-    blocks = torch.arange((vocab_size + 3) // 4, device=seeds.device)[None]
-    return _words(seeds, positions, blocks, stream).flatten(1)[:, :vocab_size]
+    return words_between(seeds, positions, 0, vocab_size, stream)
+
+
+def words_between(seeds: Tensor, positions: Tensor, start: int, stop: int, stream: int) -> Tensor:
+    """The same for tokens start, a multiple of 4, to stop - 1: (R, stop - start)."""
+    blocks = torch.arange(start // 4, (stop + 3) // 4, device=seeds.device)[None]
+    return _words(seeds, positions, blocks, stream).flatten(1)[:, : stop - start]
 
 
 def uniform(words: Tensor) -> Tensor:

@@ -149,7 +149,9 @@ def changed(module, name, change):
 
 
 BROKEN = {
-    "softcap is left out": changed(filters, "_scores", lambda f, x, s, u: f(x, s._replace(softcap=0 * s.softcap), u)),
+    "softcap is left out": changed(
+        filters, "survivors", lambda f, x, s, u: f(x, s._replace(softcap=0 * s.softcap), u)
+    ),
     "top-k keeps one more": changed(
         filters, "survivors", lambda f, x, s, u: f(x, s._replace(top_k=s.top_k + (s.top_k > 0)), u)
     ),
