@@ -30,8 +30,6 @@ from gemma4_kernels.verification.outcome import Outcome, outcome
 CHUNK_ELEMENTS = 2**18
 """Logits worked on at once: one row of Gemma's vocabulary."""
 
-_NO_TOKEN = 2**62
-
 Proposal = tuple[Tensor, Tensor]
 """Tokens (R, K + 1), and how many of them are accepted drafts (R,)."""
 
@@ -99,29 +97,31 @@ class Chunk:
 
     def sample_target(self, row: int) -> Tensor:
         """(R,) the target's sample of a row."""
-        logits, filters = self.logits[:, row], self.filters
-        if is_large_row(logits) and bool(self.usable[:, row]) and not filters.remove_any():
+        logits, on_cpu = self.logits[:, row], self.logits.device.type == "cpu"
+        if is_large_row(logits) and bool(self.usable[:, row]) and not self.filters.remove_any():
             return self._sample_of_all(logits, row)
-        return self.sample(self.target(row), row)
+        target = self.target(row)
+        if on_cpu and bool(self.filters.greedy.all()):  # one token is left, and noise changes nothing
+            return target.choose(target.scores)
+        return self.sample(target, row)
 
     def _sample_of_all(self, logits: Tensor, row: int) -> Tensor:
-        """(1,) of one row (1, V) whose tokens all stay: the same argmax, in pieces, with noise only where it can win."""
-        scored = sorted(pieces(logits, self.filters), key=lambda piece: -float(piece[1].amax()))
-        best, token = -torch.inf, _NO_TOKEN
-        for start, scores in scored:
-            if float(scores.amax()) + noise.LARGEST < best:
-                break
+        """(1,) of one row (1, V) whose tokens all stay: the same argmax, with noise only for tokens that can win."""
+        largest = torch.stack([scores.amax() for _, scores in pieces(logits, self.filters)]).amax()
+        # The largest score has a key above this.
+        surpassed = largest + noise.SMALLEST
+        ids, scores_of, words_of = [], [], []
+        for start, scores in pieces(logits, self.filters):
             stop = start + scores.shape[1]
             words = noise.words_between(self.seeds, self.positions + row, start, stop, self.stream)
-            # A token far below the best so far needs rare noise, which its word shows without a logarithm.
-            hopeful = ((scores > best - noise.RARE) | (words < noise.RARE_WORD))[0].nonzero().flatten()
-            keys = scores[0, hopeful] + noise.gumbel(words[0, hopeful])
-            if not len(keys) or (largest := float(keys.amax())) < best:
-                continue
-            first = int(hopeful[keys == largest][0]) + start
-            token = first if largest > best else min(first, token)
-            best = largest
-        return torch.tensor([token])
+            # A token far below needs rare noise, and its word shows without logarithms whether it has that.
+            can_win = (scores >= surpassed - noise.RARE) | (words < noise.RARE_WORD)
+            which = can_win[0].nonzero().flatten()  # (M,)
+            ids.append(which + start)
+            scores_of.append(scores[0, which])
+            words_of.append(words[0, which])
+        keys = torch.cat(scores_of) + noise.gumbel(torch.cat(words_of))
+        return first_largest(keys[None], torch.cat(ids)[None])
 
     def sample_residual(self, residual: Tensor, otherwise: Tensor, row: int) -> Tensor:
         """(R,) argmax of residual / exponential noise, residual (R, V) not normalised; of `otherwise` where it is all 0."""

@@ -10,6 +10,8 @@ nothing else (batch, place, number of drafts, device) enters. docs/mtp.md has th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,22 +27,30 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 RARE, RARE_WORD = 5.0, 28_900_000
 """Gumbel noise of the first or more, which 0.7 % of all is, has a word below the second (28.85 million and less)."""
-LARGEST = 23.0
-"""Gumbel noise is below."""
+SMALLEST = -3.14
+"""All Gumbel noise is above."""
 
 
-Word = Tensor | int
+Word = Any
+"""Tensors that hold 32-bit words as int64, or a number of Python, which needs no operation of torch."""
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Word, Word]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 on int64 tensors that hold 32-bit words. Returns four of them."""
+def philox(counter: tuple[Word, ...], key: tuple[Word, Word]) -> tuple[Word, ...]:
+    """Philox4x32-10. Returns four words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
         # Products wrap at 64 bits; the sign that this may give them is gone after the masks. c1 and c3 keep upper halves
         # that are masked away once they are used.
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c2 = ((second >> 32) ^ c1 ^ k0) & _MASK, ((first >> 32) ^ c3 ^ k1) & _MASK
+        c0, c2 = second >> 32, first >> 32
+        # In place, where they are tensors: a new one costs as much as the operation.
+        c0 ^= c1
+        c0 ^= k0
+        c0 &= _MASK
+        c2 ^= c3
+        c2 ^= k1
+        c2 &= _MASK
         c1, c3 = second, first
         k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
     return c0, c1 & _MASK, c2, c3 & _MASK
@@ -48,15 +58,17 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Word, Word
 
 def _words(seeds: Tensor, positions: Tensor, blocks: Tensor, stream: int) -> Tensor:
     """(R, blocks, 4) of seeds (R,), positions (R,) and blocks (R or 1, blocks)."""
-    seed, position = seeds.long()[:, None], positions.long()[:, None]
-    zeros = torch.zeros_like(seed * blocks)  # philox mixes words of one shape
-    counter = (
-        blocks + zeros, (position & _MASK) + zeros, zeros + stream, ((position >> 32) & _MASK) + zeros
-    )  # fmt: skip
-    key: tuple[Word, Word] = (seed & _MASK, (seed >> 32) & _MASK)
-    if seed.device.type == "cpu" and seed.numel() == 1:  # numbers of Python need no operations of torch
-        key = (int(key[0]), int(key[1]))
-    return torch.stack(philox(counter, key), dim=-1)
+    seed: Word
+    position: Word
+    counter: tuple[Word, ...]
+    if seeds.device.type == "cpu" and seeds.numel() == 1:
+        seed, position = int(seeds), int(positions)
+        counter = (blocks, position & _MASK, stream, (position >> 32) & _MASK)
+    else:
+        seed, position = seeds.long()[:, None], positions.long()[:, None]
+        zeros = torch.zeros_like(seed * blocks)  # philox mixes words of one shape
+        counter = (blocks + zeros, (position & _MASK) + zeros, zeros + stream, ((position >> 32) & _MASK) + zeros)
+    return torch.stack(philox(counter, (seed & _MASK, (seed >> 32) & _MASK)), dim=-1)
 
 
 def words_of(seeds: Tensor, positions: Tensor, tokens: Tensor, stream: int) -> Tensor:
