@@ -24,9 +24,10 @@ _CUT_BITS = 31
 _CUT_ROUNDING = 64
 _LARGE_VOCABULARY = 2048
 """From here on a CPU gains by sorting candidates instead of the vocabulary."""
-PIECE = 2**15
-"""Tokens of a large vocabulary that are looked at together: what is made of them stays in a core's cache, and the memory for
-it is used again and again, where fresh pages would cost more than the sums."""
+PIECE = 2**15 - 64
+"""Tokens of a large vocabulary that are looked at together. What is made of them stays in a core's cache, the memory for it
+is used again and again, where fresh pages would cost more than the sums, and PyTorch gives work of less than 2**15
+elements to one thread: with a neighbour on the other core, to wait for a second one would cost more still."""
 _BLOCK = 64  # tokens whose maximum stands for them in the search for candidates
 _NO_TOKEN = 2**62
 
