@@ -2,7 +2,7 @@
 # make test    all tests; those of a GPU skip themselves without one
 # make lint    ruff, mypy, and tables that are still what the records say
 # make bench   a few cases timed on this machine, about a minute or two
-# make speed   the eager backend against PyTorch's own attention and products on this CPU
+# make speed   the eager backend against PyTorch's own attention, products and sampling on this CPU
 #
 # Each sets up .venv first, if it is not there or its inputs have changed.
 #
@@ -59,6 +59,7 @@ gpu-check:
 speed: $(READY)
 	$(BIN)/python -m gemma4_kernels.bench.eager_attention
 	$(BIN)/python -m gemma4_kernels.bench.eager_linear
+	$(BIN)/python -m gemma4_kernels.bench.eager_verification
 	$(BIN)/python -m gemma4_kernels.bench.eager_generation
 
 clean:

@@ -28,6 +28,11 @@ class CaseString:
     def seed(self) -> int:
         return zlib.crc32(str(self).encode())
 
+    @property
+    def result_depends_on_the_noise(self) -> bool:
+        """Whether it is sampled: then a baseline, which draws its own random numbers, is right with another result."""
+        return False
+
 
 def each_once(cases: Iterable[T]) -> tuple[T, ...]:
     """Of cases with one string, the last."""

@@ -26,6 +26,8 @@ from gemma4_kernels.bench import inputs as draw
 from gemma4_kernels.bench.attention_calls import DTYPES, INPUTS, Inputs, Result, evaluate, key_lengths, row_counts
 from gemma4_kernels.bench.case_strings import EXCERPT_ABOVE, CaseString, each_once
 from gemma4_kernels.bench.linear_cases import LINEAR_OPS, LinearCase, linear_bench_cases, linear_cases
+from gemma4_kernels.bench.verification_cases import CASES_OF as VERIFICATION
+from gemma4_kernels.bench.verification_cases import verification_bench_cases, verification_cases
 from gemma4_kernels.geometry import GEMMA4_12B
 
 EXCERPT_ROWS = 16
@@ -46,6 +48,8 @@ class Case(Protocol):
     def tags(self) -> frozenset[str]: ...
     @property
     def seed(self) -> int: ...
+    @property
+    def result_depends_on_the_noise(self) -> bool: ...
     def inputs(self, device: str | torch.device = "cpu") -> Inputs: ...
     def arguments(self, made: Inputs) -> dict[str, Any]: ...
     def run(self, made: Inputs) -> tuple[Tensor, ...]: ...
@@ -406,8 +410,11 @@ def attention_bench_cases() -> tuple[AttentionCase, ...]:
 FAMILIES: dict[str, tuple[Callable[[], tuple[Case, ...]], ...]] = {
     "attention": (attention_cases, attention_bench_cases),
     "linear": (linear_cases, linear_bench_cases),
+    "verification": (verification_cases, verification_bench_cases),
 }
-CASE_TYPES: dict[str, Any] = dict.fromkeys(INPUTS, AttentionCase) | dict.fromkeys(LINEAR_OPS, LinearCase)
+CASE_TYPES: dict[str, Any] = {
+    **dict.fromkeys(INPUTS, AttentionCase), **dict.fromkeys(LINEAR_OPS, LinearCase), **VERIFICATION
+}  # fmt: skip
 
 
 def all_cases() -> list[Case]:

@@ -11,6 +11,7 @@ the family, nothing else of this package and no other library.
     its drafter            DrafterConfig, ReferenceDrafter, DrafterOutput, Draft
     verification           SamplingFilters, GREEDY, RECOMMENDED, filter_logits, gumbel_noise, sample_tokens,
                            verify_drafts, Verification
+    with keyed noise       KeyedNoise, Sampler, draft_by_sampling, verify_request
     generation             generate, speculative_generate, drafts_of, DraftContext, SpeculativeResult, ReferenceTarget
 """
 
@@ -35,6 +36,8 @@ from gemma4_kernels.reference.layers import (
 )
 from gemma4_kernels.reference.masks import block_ids_from_token_types, layer_visible, visible
 from gemma4_kernels.reference.model import ReferenceModel, ReferenceOutput
+from gemma4_kernels.reference.noise import KeyedNoise
+from gemma4_kernels.reference.sampled_drafts import Sampler, draft_by_sampling, verify_request
 from gemma4_kernels.reference.speculative import (
     DraftContext,
     SpeculativeResult,
@@ -63,6 +66,7 @@ __all__ = [
     "DrafterConfig",
     "DrafterOutput",
     "ImageConfig",
+    "KeyedNoise",
     "RMSNorm",
     "ReferenceCache",
     "ReferenceConfig",
@@ -70,6 +74,7 @@ __all__ = [
     "ReferenceModel",
     "ReferenceOutput",
     "ReferenceTarget",
+    "Sampler",
     "SamplingFilters",
     "SpeculativeResult",
     "Verification",
@@ -77,6 +82,7 @@ __all__ = [
     "attention",
     "block_ids_from_token_types",
     "default_inv_freq",
+    "draft_by_sampling",
     "drafts_of",
     "filter_logits",
     "flash_attention",
@@ -95,5 +101,6 @@ __all__ = [
     "softcap",
     "speculative_generate",
     "verify_drafts",
+    "verify_request",
     "visible",
 ]

@@ -50,7 +50,7 @@ RECOMMENDED = SamplingFilters(temperature=1.0, top_k=64, top_p=0.95)
 """What Gemma 4's generation configuration asks for."""
 
 
-def filter_logits(logits: Tensor, filters: SamplingFilters) -> Tensor:
+def filter_logits(logits: Tensor, filters: SamplingFilters, stable: bool = False) -> Tensor:
     """Logits divided by the temperature, with -inf for every token that a filter removes.
 
     The order and the treatment of ties are those of transformers' warpers, each acting on what the ones before it left:
@@ -64,6 +64,7 @@ def filter_logits(logits: Tensor, filters: SamplingFilters) -> Tensor:
     Args:
         logits: (..., V), any floating dtype.
         filters: temperature must not be 0.
+        stable: of tokens that tie at top_p's threshold the lowest ids go; otherwise the sort's order is chance.
     Returns: (..., V) float32, or float64 for float64.
     """
     if filters.temperature == 0:
@@ -74,7 +75,7 @@ def filter_logits(logits: Tensor, filters: SamplingFilters) -> Tensor:
         kth_largest = scores.topk(min(filters.top_k, vocab_size), dim=-1).values[..., -1:]
         scores = scores.masked_fill(scores < kth_largest, -math.inf)
     if filters.top_p < 1:
-        ascending, order = scores.sort(dim=-1)
+        ascending, order = scores.sort(dim=-1, stable=stable)
         remove = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - filters.top_p
         remove[..., -1] = False
         scores = scores.masked_fill(torch.zeros_like(remove).scatter(-1, order, remove), -math.inf)

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels.verification import noise
-from gemma4_kernels.verification.filters import Filters, Survivors, first_largest, fixed_sum, survivors, usable
+from gemma4_kernels.verification.filters import (
+    Filters,
+    Survivors,
+    first_largest,
+    fixed_sum,
+    is_large_row,
+    pieces,
+    survivors,
+    usable,
+)
 from gemma4_kernels.verification.outcome import Outcome, outcome
 
 CHUNK_ELEMENTS = 2**18
@@ -86,6 +95,34 @@ class Chunk:
         words = self._words(distribution.ids, row, self.stream)
         return distribution.choose(distribution.scores + noise.gumbel(words))
 
+    def sample_target(self, row: int) -> Tensor:
+        """(R,) the target's sample of a row."""
+        logits, on_cpu = self.logits[:, row], self.logits.device.type == "cpu"
+        if is_large_row(logits) and bool(self.usable[:, row]) and not self.filters.remove_any():
+            return self._sample_of_all(logits, row)
+        target = self.target(row)
+        if on_cpu and bool(self.filters.greedy.all()):  # one token is left, and noise changes nothing
+            return target.choose(target.scores)
+        return self.sample(target, row)
+
+    def _sample_of_all(self, logits: Tensor, row: int) -> Tensor:
+        """(1,) of one row (1, V) whose tokens all stay: the same argmax, with noise only for tokens that can win."""
+        largest = torch.stack([scores.amax() for _, scores in pieces(logits, self.filters)]).amax()
+        # The largest score has a key above this.
+        surpassed = largest + noise.SMALLEST
+        ids, scores_of, words_of = [], [], []
+        for start, scores in pieces(logits, self.filters):
+            stop = start + scores.shape[1]
+            words = noise.words_between(self.seeds, self.positions + row, start, stop, self.stream)
+            # A token far below needs rare noise, and its word shows without logarithms whether it has that.
+            can_win = (scores >= surpassed - noise.RARE) | (words < noise.RARE_WORD)
+            which = can_win[0].nonzero().flatten()  # (M,)
+            ids.append(which + start)
+            scores_of.append(scores[0, which])
+            words_of.append(words[0, which])
+        keys = torch.cat(scores_of) + noise.gumbel(torch.cat(words_of))
+        return first_largest(keys[None], torch.cat(ids)[None])
+
     def sample_residual(self, residual: Tensor, otherwise: Tensor, row: int) -> Tensor:
         """(R,) argmax of residual / exponential noise, residual (R, V) not normalised; of `otherwise` where it is all 0."""
         mass = torch.where((residual > 0).any(-1, keepdim=True), residual, otherwise)
@@ -141,7 +178,7 @@ def _match(chunk: Chunk) -> Proposal:
     """Sample the target at every row; keep drafts while they equal the samples."""
     proposal, accepted, running = _start(chunk)
     for row in range(proposal.shape[1]):
-        sample = chunk.sample(chunk.target(row), row)
+        sample = chunk.sample_target(row)
         proposal[:, row] = sample
         if row < chunk.drafts.shape[1]:
             running = running & chunk.is_draft(row) & (sample == chunk.drafts[:, row])

@@ -10,6 +10,8 @@ nothing else (batch, place, number of drafts, device) enters. docs/mtp.md has th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,32 +25,49 @@ ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
+RARE, RARE_WORD = 5.0, 28_900_000
+"""Gumbel noise of the first or more, which 0.7 % of all is, has a word below the second (28.85 million and less)."""
+SMALLEST = -3.14
+"""All Gumbel noise is above."""
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 on int64 tensors that hold 32-bit words. Returns four of them."""
+Word = Any
+"""Tensors that hold 32-bit words as int64, or a number of Python, which needs no operation of torch."""
+
+
+def philox(counter: tuple[Word, ...], key: tuple[Word, Word]) -> tuple[Word, ...]:
+    """Philox4x32-10. Returns four words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        # Products wrap at 64 bits; the sign that this may give them is gone after the masks.
+        # Products wrap at 64 bits; the sign that this may give them is gone after the masks. c1 and c3 keep upper halves
+        # that are masked away once they are used.
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((second >> 32) & _MASK) ^ c1 ^ k0,
-            second & _MASK,
-            ((first >> 32) & _MASK) ^ c3 ^ k1,
-            first & _MASK,
-        )
+        c0, c2 = second >> 32, first >> 32
+        # In place, where they are tensors: a new one costs as much as the operation.
+        c0 ^= c1
+        c0 ^= k0
+        c0 &= _MASK
+        c2 ^= c3
+        c2 ^= k1
+        c2 &= _MASK
+        c1, c3 = second, first
         k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def _words(seeds: Tensor, positions: Tensor, blocks: Tensor, stream: int) -> Tensor:
     """(R, blocks, 4) of seeds (R,), positions (R,) and blocks (R or 1, blocks)."""
-    seed, position = seeds.long()[:, None], positions.long()[:, None]
-    zeros = torch.zeros_like(seed * blocks)  # philox mixes words of one shape
-    counter = (
-        blocks + zeros, (position & _MASK) + zeros, zeros + stream, ((position >> 32) & _MASK) + zeros
-    )  # fmt: skip
+    seed: Word
+    position: Word
+    counter: tuple[Word, ...]
+    if seeds.device.type == "cpu" and seeds.numel() == 1:
+        seed, position = int(seeds), int(positions)
+        counter = (blocks, position & _MASK, stream, (position >> 32) & _MASK)
+    else:
+        seed, position = seeds.long()[:, None], positions.long()[:, None]
+        zeros = torch.zeros_like(seed * blocks)  # philox mixes words of one shape
+        counter = (blocks + zeros, (position & _MASK) + zeros, zeros + stream, ((position >> 32) & _MASK) + zeros)
     return torch.stack(philox(counter, (seed & _MASK, (seed >> 32) & _MASK)), dim=-1)
 
 
@@ -60,8 +79,13 @@ def words_of(seeds: Tensor, positions: Tensor, tokens: Tensor, stream: int) -> T
 
 def words_of_all(seeds: Tensor, positions: Tensor, vocab_size: int, stream: int) -> Tensor:
     """The same for tokens 0 to vocab_size - 1, four from one evaluation: (R, V)."""
-    blocks = torch.arange((vocab_size + 3) // 4, device=seeds.device)[None]
-    return _words(seeds, positions, blocks, stream).flatten(1)[:, :vocab_size]
+    return words_between(seeds, positions, 0, vocab_size, stream)
+
+
+def words_between(seeds: Tensor, positions: Tensor, start: int, stop: int, stream: int) -> Tensor:
+    """The same for tokens start, a multiple of 4, to stop - 1: (R, stop - start)."""
+    blocks = torch.arange(start // 4, (stop + 3) // 4, device=seeds.device)[None]
+    return _words(seeds, positions, blocks, stream).flatten(1)[:, : stop - start]
 
 
 def uniform(words: Tensor) -> Tensor:

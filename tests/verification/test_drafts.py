@@ -9,6 +9,7 @@ from gemma4_kernels import sample_tokens, verify_drafts
 from gemma4_kernels.reference import GREEDY, SamplingFilters
 from gemma4_kernels.reference import verify_drafts as reference_verify_drafts
 from gemma4_kernels.verification import eager, noise
+from gemma4_kernels.verification.filters import PIECE
 
 METHODS = ["match", "rejection", "block"]
 FILTERS = [
@@ -90,6 +91,20 @@ def test_a_seed_gives_the_tokens_of_sampling_one_by_one(filters, vocab_size):
                 count = int(got.num_emitted[b])
                 assert count == int((samples[b, :k] == drafts[b, :k]).long().cumprod(0).sum()) + 1
                 assert torch.equal(got.tokens[b, :count], samples[b, :count])
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "ties", "flat", "peaked", "sparse", "fp64"])
+@pytest.mark.parametrize("vocab_size", [2048, 5003, 2 * PIECE + 37])
+@pytest.mark.parametrize("filters", [{}, {"temperature": 1.7}, {"softcap": 3.0, "temperature": 0.5}], ids=str)
+def test_noise_for_the_tokens_that_can_win_finds_the_same_winner(kind, vocab_size, filters, monkeypatch):
+    logits = randn(12, vocab_size)
+    logits = {
+        "gaussian": logits, "ties": logits.round(), "flat": 0 * logits, "peaked": logits.abs() * 6,
+        "sparse": logits.masked_fill(logits < 4, -torch.inf), "fp64": logits.double(),
+    }[kind]  # fmt: skip
+    fast = sample_tokens(logits, seeds=torch.arange(12), positions=5, **filters)
+    monkeypatch.setattr(eager, "is_large_row", lambda logits: False)
+    assert torch.equal(fast, sample_tokens(logits, seeds=torch.arange(12), positions=5, **filters))
 
 
 @pytest.mark.parametrize("method", METHODS)

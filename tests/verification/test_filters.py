@@ -111,11 +111,19 @@ def test_all_that_tie_with_the_kth_stay():
     assert alive[0].tolist() == [True, False, True, True, False, True]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+OUR_OWN = [
+    {"min_p": 1e-40},
+    {"softcap": 2.0, "temperature": 0.8, "top_p": 0.9, "min_p": 0.01},
+    {"temperature": 0.0, "softcap": 1.0},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS + OUR_OWN, ids=str)
 @pytest.mark.parametrize("kind", ["gaussian", "ties", "flat", "peaked"])
-def test_candidates_change_nothing(settings, kind, monkeypatch):
+@pytest.mark.parametrize("vocab_size", [5000, 2 * module.PIECE + 37])
+def test_candidates_change_nothing(settings, kind, vocab_size, monkeypatch):
     """On a CPU, rows of large vocabularies are cut down to candidates first. The result has the same bits."""
-    logits = 2 * torch.randn(1, 5000, generator=torch.Generator().manual_seed(1))
+    logits = 2 * torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(1))
     logits = {"gaussian": logits, "ties": logits.round(), "flat": logits / 1000, "peaked": logits.abs() * 5}[kind]
     assert_same(ours(logits, **settings), lambda: ours(logits, **settings), monkeypatch)
 

@@ -60,6 +60,24 @@ def test_exponential_and_gumbel_are_exact_to_rounding_in_both_tails():
     assert float((noise.gumbel(WORDS) + expected.log()).abs().max()) < 2e-6
 
 
+def test_a_word_shows_what_noise_it_may_become():
+    """Bounds that sampling on a CPU relies on, with room for a rounding."""
+    assert float(noise.gumbel(WORDS).min()) > noise.SMALLEST + 0.01
+    assert float(noise.gumbel(torch.arange(noise.RARE_WORD, noise.RARE_WORD + 1000)).max()) < noise.RARE - 0.001
+    common = torch.cat((WORDS, torch.arange(noise.RARE_WORD, 2**32, 10007)))
+    common = common[common >= noise.RARE_WORD]
+    assert float(noise.gumbel(common).max()) < noise.RARE
+
+
+def test_words_between_are_a_part_of_all():
+    seeds, positions = torch.tensor([3, -9]), torch.tensor([1, 2**35])
+    whole = noise.words_of_all(seeds, positions, 103, noise.DRAFT)
+    assert torch.equal(noise.words_between(seeds, positions, 40, 103, noise.DRAFT), whole[:, 40:])
+    for b in range(2):
+        one = noise.words_between(seeds[b : b + 1], positions[b : b + 1], 12, 61, noise.DRAFT)
+        assert torch.equal(one, whole[b : b + 1, 12:61])
+
+
 @pytest.mark.parametrize("function", ["exp", "log", "tanh"])
 def test_portable_functions_have_two_units_in_the_last_place(function):
     x = torch.linspace(-85, 85, 200001)
