@@ -76,6 +76,32 @@ def test_argmax_drafts_leave_the_targets_distribution(method):
     assert pair_p(result, target) > 1e-3
 
 
+@pytest.mark.parametrize(("method", "count"), [("match", 1500), ("rejection", 400), ("block", 400)])
+def test_heavy_tokens_and_the_tail_of_a_vocabulary_like_gemmas(method, count):
+    """A few tokens with a third of the mass, far apart; the others in bins of equal mass, from common to rare."""
+    vocab_size, heavy = 262144, torch.tensor([7, 70_000, 262_143])
+    rng = torch.Generator().manual_seed(0)
+    target, drafter = torch.randn(2, vocab_size, generator=rng)
+    target[heavy] = torch.tensor([11.5, 11.0, 10.5])
+    drafter[torch.tensor([7, 70_000, 5])] = torch.tensor([11.0, 12.0, 12.0])  # one where the target has next to nothing
+    emitted = []
+    for first in range(0, count, 100):
+        seeds = torch.arange(first, min(first + 100, count))
+        rows = drafter.expand(len(seeds), vocab_size)
+        drafts = sample_tokens(rows, seeds=seeds, positions=0, stream="draft")[:, None]
+        logits = target.expand(len(seeds), 2, vocab_size)
+        told = None if method == "match" else rows[:, None]
+        result = verify_drafts(logits, drafts, seeds=seeds, positions=0, method=method, draft_logits=told)
+        emitted.append(result.tokens[:, 0])
+    p = target.double().softmax(-1)
+    rank = p.clone().index_fill(0, heavy, 0).argsort(descending=True)
+    bin_of = torch.empty(vocab_size, dtype=torch.int64)
+    bin_of[rank] = (p[rank].cumsum(0) / p[rank].sum() * 8).long().clamp(max=7)
+    bin_of[heavy] = 8 + torch.arange(3)
+    mass = torch.zeros(11, dtype=torch.float64).index_add(0, bin_of, p)
+    assert chi_square_p(histogram(bin_of[torch.cat(emitted)], 11), mass) > 1e-3
+
+
 def test_plain_samples_have_the_softmax():
     target, _ = toy(16)
     sampled = sample_tokens(target[-1].expand(TRIALS, -1), seeds=SEEDS, positions=3)
