@@ -9,9 +9,10 @@ import pytest
 import torch
 from verification_statistics import REJECT_BELOW, chi_square_p, histogram
 
-from gemma4_kernels.bench import validation, verification_baselines
+from gemma4_kernels.bench import running, validation, verification_baselines
 from gemma4_kernels.bench import verification_inputs as drawing
 from gemma4_kernels.bench.cases import all_cases, parse, select
+from gemma4_kernels.bench.timing import Batch
 from gemma4_kernels.bench.verification_cases import METHODS, verification_bench_cases, verification_cases
 from gemma4_kernels.geometry import GEMMA4_12B
 from gemma4_kernels.verification import eager, filters, noise, outcome
@@ -267,3 +268,25 @@ def test_where_there_is_no_baseline_there_is_a_reason(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     case = parse("verify_drafts(b=2,v=9)")
     assert case.baselines(case.inputs())["transformers"] == "transformers is not installed"
+
+
+class OneMillisecond:
+    """Each call runs, and takes a millisecond by this clock."""
+
+    def batches(self, calls):
+        return [Batch(call, 1, "script") for call in calls]
+
+    def time(self, batch):
+        batch.run()
+        return 0.001
+
+
+@pytest.mark.parametrize("text", ["verify_drafts(b=2,v=90,top_k=5)", "verify_drafts(b=2,v=90,temperature=0.0)"])
+def test_a_case_is_timed_beside_its_baselines(text):
+    """Sampled tokens of a baseline are others, and that is no fault of it."""
+    settings = running.Settings(CPU, ("eager",), rounds=2, slice_seconds=1e-4, ceiling_scale=1 / 64)
+    rows = running.run([parse(text)], settings, lambda _: None, OneMillisecond())
+    assert {row["by"]: row["status"] for row in rows} == dict.fromkeys(("eager", "transformers", "softmax"), "held")
+    assert all(row["median_us"] == 1000 for row in rows)
+    drawn = {"random numbers" in (row["reason"] or "") for row in rows if row["kind"] == "baseline"}
+    assert drawn == {"top_k" in text}
