@@ -98,7 +98,8 @@ def test_an_excerpt_is_a_part_of_the_whole(case, monkeypatch):
     monkeypatch.setattr(listed, "EXCERPT_ABOVE", 0)
     part = case.reference(made)[0]
     assert part.shape == (3, 3 * listed.EXCERPT_OUTPUTS)
-    assert torch.equal(part, case.judged((whole,))[0])
+    # Not to the bit: what a vector of gelu's function gives may differ from what the rest of a row gives.
+    torch.testing.assert_close(part, case.judged((whole,))[0], rtol=1e-13, atol=1e-15)
     assert case.judged(result)[0].shape == part.shape
     assert torch.equal(part[:, -1], whole[:, -1])
 
