@@ -14,6 +14,7 @@ from torch import Tensor
 from gemma4_kernels import backends, checks
 from gemma4_kernels.backends import Call, Implementation
 from gemma4_kernels.op_support import fp32_sums, refuse_backward
+from gemma4_kernels.triton_common import support
 
 METHODS = ("match", "rejection", "block")
 LARGEST_VOCABULARY = 2**24
@@ -107,5 +108,10 @@ backends.register(
         entry="gemma4_kernels.verification.eager:verify_drafts",
         dtypes=frozenset(checks.FLOATS),
         features=frozenset(METHODS),
+    )
+)
+backends.register(
+    support.implementation(
+        "verify_drafts", "gemma4_kernels.verification.triton.backend:verify_drafts", frozenset({"match"})
     )
 )

@@ -1,0 +1,87 @@
+"""Verification on Triton: two launches, no wait and no allocation that depends on what the tensors hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from gemma4_kernels.triton_common.launch import Launch
+from gemma4_kernels.verification.outcome import Outcome
+from gemma4_kernels.verification.triton import match, tables, tiles
+
+
+def verify_drafts(*arguments: Any) -> Outcome:
+    """The op, see `ops.SCHEMA`."""
+    launches, out = plan(*arguments)
+    for launch in launches:
+        launch.run()
+    return out
+
+
+def plan(
+    logits: Tensor, draft_tokens: Tensor, num_drafts: Tensor | None, temperature: Tensor, top_k: Tensor, cut: Tensor,
+    min_p: Tensor, softcap: Tensor, seeds: Tensor, positions: Tensor, draft_logits: Tensor | None,
+    max_new_tokens: Tensor | None, eos_token_ids: Sequence[int], method: str, stream: int,
+) -> tuple[list[Launch], Outcome]:  # fmt: skip
+    """The launches and what they fill."""
+    batch, rows, vocab_size = logits.shape
+    if method == "match" or rows == 1:
+        draft_logits = None
+    drafter_rows = 0 if draft_logits is None else rows - 1
+    count = triton.cdiv(vocab_size, tables.TILE)
+    # Where a program could not hold the lists of a row, top-k reads again.
+    longest = tables.LONGEST_TOP_K if count * tables.LIST <= tables.SCRATCH else 0
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=logits.device)
+
+    facts = empty(batch, rows + drafter_rows, 4, count)
+    lists = empty(batch, rows + drafter_rows, count, tables.LIST) if longest else facts
+    tokens, results, flags = empty(batch, rows), empty(4, batch), empty(2, batch, dtype=torch.uint8)
+    common: dict[str, Any] = {
+        "logits_ptr": logits, "drafts_ptr": draft_tokens.contiguous(), "num_drafts_ptr": _dense(num_drafts),
+        "temperature_ptr": temperature.contiguous(), "top_k_ptr": top_k.contiguous(), "softcap_ptr": softcap.contiguous(),
+        "seeds_ptr": seeds.contiguous(), "positions_ptr": positions.contiguous(), "facts_ptr": facts, "lists_ptr": lists,
+        "stride_batch": logits.stride(0), "stride_row": logits.stride(1), "ROWS": rows, "V": vocab_size, "TILES": count,
+        "stream": stream,
+    }  # fmt: skip
+    drafter: dict[str, Any] = {
+        "draft_logits_ptr": draft_logits,
+        "draft_stride_batch": 0 if draft_logits is None else draft_logits.stride(0),
+        "draft_stride_row": 0 if draft_logits is None else draft_logits.stride(1),
+    }
+    shared = {"LIST": tables.LIST, "LONGEST_TOP_K": longest}
+    over_tiles = Launch(
+        tiles.tiles_kernel,
+        (count * (rows + drafter_rows) * batch,),
+        {**common, **drafter, "DRAFTER_ROWS": drafter_rows},
+        {**shared, "TOKENS": tables.TILE, "EVERY_ROW": method == "match"},
+        tables.TILE_WARPS,
+        enable_fp_fusion=False,
+    )
+    ends = tuple(eos_token_ids)
+    finish = Launch(
+        match.match_kernel,
+        (batch,),
+        {
+            **common, "cut_ptr": cut.contiguous(), "min_p_ptr": min_p.contiguous(),
+            "max_new_tokens_ptr": _dense(max_new_tokens), "scratch_ptr": empty(batch, tables.SCRATCH),
+            "tokens_ptr": tokens, "results_ptr": results, "flags_ptr": flags, "B": batch,
+        },
+        {
+            **shared, "TOKENS": tables.READ, "FACT_TILES": tables.FACT_TILES, "THRESHOLDS": tables.THRESHOLDS,
+            "SCRATCH": tables.SCRATCH, "EOS": ends, "EOS_COUNT": len(ends),
+        },
+        tables.FINISH_WARPS,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    finished, refused = flags.view(torch.bool)
+    return [over_tiles, finish], (tokens, *results, finished, refused)
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
