@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gemma4_kernels.triton_common.launch import Launch
 from gemma4_kernels.verification.outcome import Outcome
-from gemma4_kernels.verification.triton import match, tables, tiles
+from gemma4_kernels.verification.triton import drafts, match, tables, tiles
 
 
 def verify_drafts(*arguments: Any) -> Outcome:
@@ -31,6 +31,8 @@ def plan(
     batch, rows, vocab_size = logits.shape
     if method == "match" or rows == 1:
         draft_logits = None
+    if draft_logits is not None and draft_logits.dtype != logits.dtype:
+        logits, draft_logits = logits.float(), draft_logits.float()  # exact
     drafter_rows = 0 if draft_logits is None else rows - 1
     count = triton.cdiv(vocab_size, tables.TILE)
     # Where a program could not hold the lists of a row, top-k reads again.
@@ -64,21 +66,20 @@ def plan(
         enable_fp_fusion=False,
     )
     ends = tuple(eos_token_ids)
-    finish = Launch(
-        match.match_kernel,
-        (batch,),
-        {
-            **common, "cut_ptr": cut.contiguous(), "min_p_ptr": min_p.contiguous(),
-            "max_new_tokens_ptr": _dense(max_new_tokens), "scratch_ptr": empty(batch, tables.SCRATCH),
-            "tokens_ptr": tokens, "results_ptr": results, "flags_ptr": flags, "B": batch,
-        },
-        {
-            **shared, "TOKENS": tables.READ, "FACT_TILES": tables.FACT_TILES, "THRESHOLDS": tables.THRESHOLDS,
-            "SCRATCH": tables.SCRATCH, "EOS": ends, "EOS_COUNT": len(ends),
-        },
-        tables.FINISH_WARPS,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+    arguments = {
+        **common, "cut_ptr": cut.contiguous(), "min_p_ptr": min_p.contiguous(), "max_new_tokens_ptr": _dense(max_new_tokens),
+        "scratch_ptr": empty(batch, tables.SCRATCH), "tokens_ptr": tokens, "results_ptr": results, "flags_ptr": flags,
+        "B": batch,
+    }  # fmt: skip
+    constants = {
+        **shared, "TOKENS": tables.READ, "FACT_TILES": tables.FACT_TILES, "THRESHOLDS": tables.THRESHOLDS,
+        "SCRATCH": tables.SCRATCH, "EOS": ends, "EOS_COUNT": len(ends),
+    }  # fmt: skip
+    kernel: Any = match.match_kernel
+    if method != "match":
+        kernel, arguments = drafts.drafts_kernel, {**arguments, **drafter}
+        constants["BLOCKS"] = method == "block"
+    finish = Launch(kernel, (batch,), arguments, constants, tables.FINISH_WARPS, enable_fp_fusion=False)
     finished, refused = flags.view(torch.bool)
     return [over_tiles, finish], (tokens, *results, finished, refused)
 

@@ -105,12 +105,10 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def _words(block, seed, position, stream):
-    """Four uint32 words for each token div 4 of block (int32); seed and position int64 tensors of its shape."""
-    zeros = tl.zeros_like(block).to(tl.int64)
+    """Four uint32 words for each token div 4 of block (int32); seed and position are int64 scalars, stream any number."""
     return _philox(
-        block.to(tl.uint32), ((position + zeros) & _MASK).to(tl.uint32), (stream + zeros).to(tl.uint32),
-        (((position + zeros) >> 32) & _MASK).to(tl.uint32), ((seed + zeros) & _MASK).to(tl.uint32),
-        (((seed + zeros) >> 32) & _MASK).to(tl.uint32),
+        block.to(tl.uint32), (position & _MASK).to(tl.uint32), (position * 0 + stream).to(tl.uint32),
+        ((position >> 32) & _MASK).to(tl.uint32), (seed & _MASK).to(tl.uint32), ((seed >> 32) & _MASK).to(tl.uint32),
     )  # fmt: skip
 
 

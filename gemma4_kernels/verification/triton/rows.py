@@ -73,10 +73,13 @@ def _list_at(list_ptr, entries, largest, SCRATCH: tl.constexpr):
 
 
 @triton.jit
-def _search_list(place, mass, low, high, limit, before):
-    """The lowest place with before + mass of the places up to it > limit; it lies in [low, high)."""
-    while high - low > 1:
-        middle = low + ((high - low) >> 1)
+def _search_list(place, mass, low, high, limit, before, unit):
+    """The lowest place with before + mass of the places up to it > limit, rounded down to units; it lies in [low, high).
+
+    low and high are multiples of the unit, which is 1, or NEXT_KEY where all places of a key go together.
+    """
+    while high - low > unit:
+        middle = low + (high - low) // (2 * unit) * unit
         fits = before + tl.sum(tl.where(place < middle, mass, 0), axis=0) <= limit
         low = tl.where(fits, middle, low)
         high = tl.where(fits, high, middle)
@@ -193,7 +196,8 @@ def finish_row(
                     # top-k keeps all that tie with the sample, top-p drops up to the sample
                     above_sample = ((sample_place >> TOKEN_BITS) << TOKEN_BITS) + NEXT_KEY
                     base = tl.maximum(low, tl.where(stage == _TOP_K, above_sample, sample_place + 1))
-                step = (high - base + THRESHOLDS - 1) // THRESHOLDS
+                unit = tl.where(stage == _TOP_K, NEXT_KEY, 1).to(tl.int64)
+                step = (high - base + THRESHOLDS * unit - 1) // (THRESHOLDS * unit) * unit
                 index = tl.arange(0, THRESHOLDS)
                 thresholds = base + index * step  # [THRESHOLDS]
                 counts = (stage == _TOP_K).to(tl.int32)
@@ -221,18 +225,17 @@ def finish_row(
                         if fits:
                             place, mass = _list_at(scratch_ptr, listed, largest, SCRATCH)
                             mass = tl.where(counts > 0, (place >= 0).to(tl.int64), mass)
-                            low = _search_list(place, mass, low, high, limit, below_base)
-                            high = low + 1
+                            low = _search_list(place, mass, low, high, limit, below_base, unit)
+                            high = low + unit
                         first_read = first_read * 0
-                        if high - low <= 1:
+                        if high - low <= unit:
                             first_read = first_read + 1
                             if stage == _TOP_K:
-                                boundary = (low >> TOKEN_BITS) << TOKEN_BITS
-                                floor = boundary
+                                floor = low
                                 stage = tl.where(has_top_p, _TOP_P, _SEARCHED)
                             else:
-                                boundary = low
                                 stage = _SEARCHED + 0 * stage
+                            boundary = low
 
             if has_list > 0:
                 list_ptr = scratch_ptr
@@ -245,8 +248,10 @@ def finish_row(
                 if stage == _TOP_K:
                     ones = exists.to(tl.int64)
                     number = tl.sum(ones, axis=0)
-                    kth = _search_list(place, ones, lowest, top, tl.maximum(number - kept, 0), number * 0)
-                    boundary = tl.where(number >= kept, (kth >> TOKEN_BITS) << TOKEN_BITS, 0)
+                    lowest_key = (lowest >> TOKEN_BITS) << TOKEN_BITS
+                    most = tl.maximum(number - kept, 0)
+                    kth = _search_list(place, ones, lowest_key, top, most, number * 0, number * 0 + NEXT_KEY)
+                    boundary = tl.where(number >= kept, kth, 0)
                     before = before * 0
                     if from_tiles > 0:
                         highest_floor = largest_fact(facts_ptr, FLOOR, TILES, FACT_TILES)
@@ -256,7 +261,7 @@ def finish_row(
                     mass = tl.where(place >= boundary, mass, 0)
                     if has_top_p:
                         limit = limit_of(cut, tl.sum(mass, axis=0) + before)
-                        boundary = _search_list(place, mass, lowest, top, limit, before)
+                        boundary = _search_list(place, mass, lowest, top, limit, before, limit * 0 + 1)
                     score = score_of_key(key_in(place))
                     alive = (
                         (place >= boundary) & (weight_of(score, largest) >= min_p) & (score > float("-inf")) & exists
