@@ -57,31 +57,53 @@ def plan(
         "draft_stride_row": 0 if draft_logits is None else draft_logits.stride(1),
     }
     shared = {"LIST": tables.LIST, "LONGEST_TOP_K": longest}
-    over_tiles = Launch(
+    over_tiles = _launch(
         tiles.tiles_kernel,
-        (count * (rows + drafter_rows) * batch,),
+        count * (rows + drafter_rows) * batch,
         {**common, **drafter, "DRAFTER_ROWS": drafter_rows},
         {**shared, "TOKENS": tables.TILE, "EVERY_ROW": method == "match"},
         tables.TILE_WARPS,
-        enable_fp_fusion=False,
     )
-    ends = tuple(eos_token_ids)
-    arguments = {
-        **common, "cut_ptr": cut.contiguous(), "min_p_ptr": min_p.contiguous(), "max_new_tokens_ptr": _dense(max_new_tokens),
-        "scratch_ptr": empty(batch, tables.SCRATCH), "tokens_ptr": tokens, "results_ptr": results, "flags_ptr": flags,
+    filters = {"cut_ptr": cut.contiguous(), "min_p_ptr": min_p.contiguous()}
+    results_of = {
+        "max_new_tokens_ptr": _dense(max_new_tokens), "tokens_ptr": tokens, "results_ptr": results, "flags_ptr": flags,
         "B": batch,
     }  # fmt: skip
-    constants = {
+    finishing = {
         **shared, "TOKENS": tables.READ, "FACT_TILES": tables.FACT_TILES, "THRESHOLDS": tables.THRESHOLDS,
-        "SCRATCH": tables.SCRATCH, "EOS": ends, "EOS_COUNT": len(ends),
+        "SCRATCH": tables.SCRATCH,
     }  # fmt: skip
-    kernel: Any = match.match_kernel
-    if method != "match":
-        kernel, arguments = drafts.drafts_kernel, {**arguments, **drafter}
-        constants["BLOCKS"] = method == "block"
-    finish = Launch(kernel, (batch,), arguments, constants, tables.FINISH_WARPS, enable_fp_fusion=False)
+    ends = tuple(eos_token_ids)
+    ending = {"EOS": ends, "EOS_COUNT": len(ends)}
+    if method == "match":
+        scratch = {"scratch_ptr": empty(batch, tables.SCRATCH)}
+        launches = [
+            over_tiles,
+            _launch(match.match_kernel, batch, {**common, **filters, **scratch, **results_of}, {**finishing, **ending}),
+        ]
+    else:
+        all_rows = rows + drafter_rows
+        every = {**common, **drafter, **filters, "DRAFTER_ROWS": drafter_rows, "made_ptr": empty(batch, all_rows, 5)}
+        scratch = {"scratch_ptr": empty(batch, all_rows, tables.SCRATCH)}
+        deciding = {
+            "BLOCKS": method == "block", "TOKENS": tables.READ, "FACT_TILES": tables.FACT_TILES, **ending
+        }  # fmt: skip
+        launches = [
+            over_tiles,
+            _launch(drafts.rows_kernel, all_rows * batch, {**every, **scratch}, finishing),
+            _launch(drafts.drafts_kernel, batch, {**every, **results_of}, deciding),
+        ]
     finished, refused = flags.view(torch.bool)
-    return [over_tiles, finish], (tokens, *results, finished, refused)
+    return launches, (tokens, *results, finished, refused)
+
+
+def _launch(
+    kernel: Any, programs: int, arguments: dict[str, Any], constants: dict[str, Any], warps: int = tables.FINISH_WARPS
+) -> Launch:
+    """Of the arguments, those that the kernel has."""
+    names = kernel.arg_names
+    mine = {name: value for name, value in arguments.items() if name in names}
+    return Launch(kernel, (programs,), mine, constants, warps, enable_fp_fusion=False)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

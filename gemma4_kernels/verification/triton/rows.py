@@ -73,13 +73,13 @@ def _list_at(list_ptr, entries, largest, SCRATCH: tl.constexpr):
 
 
 @triton.jit
-def _search_list(place, mass, low, high, limit, before, unit):
-    """The lowest place with before + mass of the places up to it > limit, rounded down to units; it lies in [low, high).
+def _search_list(place, mass, low, high, limit, before, BITS: tl.constexpr):
+    """The lowest place with before + mass of the places up to it > limit; it lies in [low, high).
 
-    low and high are multiples of the unit, which is 1, or NEXT_KEY where all places of a key go together.
+    BITS is TOKEN_BITS where all places of a key go together: then low and high are the first of a key, and so is the result.
     """
-    while high - low > unit:
-        middle = low + (high - low) // (2 * unit) * unit
+    while (high - low) >> BITS > 1:
+        middle = low + ((high - low) >> (BITS + 1) << BITS)
         fits = before + tl.sum(tl.where(place < middle, mass, 0), axis=0) <= limit
         low = tl.where(fits, middle, low)
         high = tl.where(fits, high, middle)
@@ -196,8 +196,9 @@ def finish_row(
                     # top-k keeps all that tie with the sample, top-p drops up to the sample
                     above_sample = ((sample_place >> TOKEN_BITS) << TOKEN_BITS) + NEXT_KEY
                     base = tl.maximum(low, tl.where(stage == _TOP_K, above_sample, sample_place + 1))
-                unit = tl.where(stage == _TOP_K, NEXT_KEY, 1).to(tl.int64)
-                step = (high - base + THRESHOLDS * unit - 1) // (THRESHOLDS * unit) * unit
+                # An interval shrinks until it holds one place, or for top-k one key.
+                bits = tl.where(stage == _TOP_K, TOKEN_BITS, 0)
+                step = (((high - base - 1) >> bits) // THRESHOLDS + 1) << bits
                 index = tl.arange(0, THRESHOLDS)
                 thresholds = base + index * step  # [THRESHOLDS]
                 counts = (stage == _TOP_K).to(tl.int32)
@@ -225,10 +226,13 @@ def finish_row(
                         if fits:
                             place, mass = _list_at(scratch_ptr, listed, largest, SCRATCH)
                             mass = tl.where(counts > 0, (place >= 0).to(tl.int64), mass)
-                            low = _search_list(place, mass, low, high, limit, below_base, unit)
-                            high = low + unit
+                            if counts > 0:
+                                low = _search_list(place, mass, low, high, limit, below_base, TOKEN_BITS)
+                            else:
+                                low = _search_list(place, mass, low, high, limit, below_base, 0)
+                            high = low + 1
                         first_read = first_read * 0
-                        if high - low <= unit:
+                        if (high - low) >> bits <= 1:
                             first_read = first_read + 1
                             if stage == _TOP_K:
                                 floor = low
@@ -250,7 +254,7 @@ def finish_row(
                     number = tl.sum(ones, axis=0)
                     lowest_key = (lowest >> TOKEN_BITS) << TOKEN_BITS
                     most = tl.maximum(number - kept, 0)
-                    kth = _search_list(place, ones, lowest_key, top, most, number * 0, number * 0 + NEXT_KEY)
+                    kth = _search_list(place, ones, lowest_key, top, most, number * 0, TOKEN_BITS)
                     boundary = tl.where(number >= kept, kth, 0)
                     before = before * 0
                     if from_tiles > 0:
@@ -261,7 +265,7 @@ def finish_row(
                     mass = tl.where(place >= boundary, mass, 0)
                     if has_top_p:
                         limit = limit_of(cut, tl.sum(mass, axis=0) + before)
-                        boundary = _search_list(place, mass, lowest, top, limit, before, limit * 0 + 1)
+                        boundary = _search_list(place, mass, lowest, top, limit, before, 0)
                     score = score_of_key(key_in(place))
                     alive = (
                         (place >= boundary) & (weight_of(score, largest) >= min_p) & (score > float("-inf")) & exists
