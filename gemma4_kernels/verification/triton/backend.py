@@ -61,7 +61,7 @@ def plan(
         tiles.tiles_kernel,
         count * (rows + drafter_rows) * batch,
         {**common, **drafter, "DRAFTER_ROWS": drafter_rows},
-        {**shared, "TOKENS": tables.TILE, "EVERY_ROW": method == "match"},
+        {**shared, "TOKENS": tables.TILE, "CHUNK": tables.CHUNK, "EVERY_ROW": method == "match"},
         tables.TILE_WARPS,
     )
     filters = {"cut_ptr": cut.contiguous(), "min_p_ptr": min_p.contiguous()}

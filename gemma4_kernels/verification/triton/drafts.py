@@ -20,7 +20,7 @@ import triton.language as tl
 
 from gemma4_kernels.verification import noise
 from gemma4_kernels.verification.triton.match import budget_of, drafts_of, is_end, store_counts
-from gemma4_kernels.verification.triton.portable_math import exponential, uniform, words_of, words_of_tile
+from gemma4_kernels.verification.triton.portable_math import exponential, uniform, words_of, words_of_blocks
 from gemma4_kernels.verification.triton.rows import finish_row, is_usable
 from gemma4_kernels.verification.triton.scores import (
     best_of,
@@ -66,7 +66,8 @@ def _residuals(
     residual_prize = tl.full([], -1, tl.int64)
     target_prize = tl.full([], -1, tl.int64)
     for start in range(0, V, TOKENS):
-        token = start + tl.arange(0, TOKENS // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]  # [TOKENS / 4, 4]
+        block = start // 4 + tl.arange(0, TOKENS // 4)  # [TOKENS / 4]
+        token = block[:, None] * 4 + tl.arange(0, 4)[None, :]  # [TOKENS / 4, 4]
         p = _probability(p_row_ptr, token, V, softcap, divisor, min_p, p_largest, p_first, p_last, p_total)
         if HAS_Q:
             q = _probability(q_row_ptr, token, V, softcap, divisor, min_p, q_largest, q_first, q_last, q_total)
@@ -74,7 +75,7 @@ def _residuals(
             q = (token == draft).to(tl.float32)
         residual = tl.maximum(p * joint - q, 0.0)
         mass += fixed(residual)
-        waits = exponential(words_of_tile(start, seed, position, _RESIDUAL, TOKENS))
+        waits = exponential(words_of_blocks(block, seed, position, _RESIDUAL))
         residual_prize = tl.maximum(residual_prize, best_of(tl.div_rn(residual, waits), token, residual > 0))
         target_prize = tl.maximum(target_prize, best_of(tl.div_rn(p, waits), token, p > 0))
     token = token_of_prize(tl.where(residual_prize >= 0, residual_prize, target_prize))

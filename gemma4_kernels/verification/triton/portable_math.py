@@ -113,13 +113,12 @@ def _words(block, seed, position, stream):
 
 
 @triton.jit
-def words_of_tile(first, seed, position, stream, TOKENS: tl.constexpr):
-    """uint32 (TOKENS / 4, 4): the words of tokens first to first + TOKENS - 1, first a multiple of 4."""
-    block = first // 4 + tl.arange(0, TOKENS // 4)  # [TOKENS / 4]
+def words_of_blocks(block, seed, position, stream):
+    """uint32 (BLOCKS, 4): the words of tokens 4 block to 4 block + 3, of each of block (BLOCKS,), int32."""
     w0, w1, w2, w3 = _words(block, seed, position, stream)
     # The last dim of a join tells its operands apart, so the words come to lie in order.
-    joined = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [TOKENS / 4, 2, 2]
-    return tl.reshape(joined, [TOKENS // 4, 4])
+    joined = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BLOCKS, 2, 2]
+    return tl.reshape(joined, [block.shape[0], 4])
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gemma4_kernels.verification.triton.portable_math import gumbel, words_of, words_of_tile
+from gemma4_kernels.verification.triton.portable_math import gumbel, words_of, words_of_blocks
 from gemma4_kernels.verification.triton.scores import (
     BEYOND,
     NEXT_KEY,
@@ -122,12 +122,13 @@ def _last_read(
     prize = tl.full([], -1, tl.int64)
     mass = tl.zeros([TOKENS // 4, 4], tl.int64)
     for first in range(0, V, TOKENS):
-        token = first + tl.arange(0, TOKENS // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]  # [TOKENS / 4, 4]
+        block = first // 4 + tl.arange(0, TOKENS // 4)  # [TOKENS / 4]
+        token = block[:, None] * 4 + tl.arange(0, 4)[None, :]  # [TOKENS / 4, 4]
         score = scores_at(row_ptr, token, V, softcap, divisor)
         weight = weight_of(score, largest)
         alive = (place_of(key_of(score), token) >= boundary) & (weight >= min_p) & (score > float("-inf"))
         if wants_token > 0:
-            noisy = score + gumbel(words_of_tile(first, seed, position, stream, TOKENS))
+            noisy = score + gumbel(words_of_blocks(block, seed, position, stream))
             prize = tl.maximum(prize, best_of(noisy, token, alive))
         else:
             mass += tl.where(alive, fixed(weight), 0)

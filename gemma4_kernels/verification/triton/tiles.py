@@ -4,7 +4,9 @@
     facts   (B, ROWS + DRAFTER_ROWS, 4, TILES) int64: STATUS, LARGEST, SAMPLE and FLOOR below
     lists   (B, ROWS + DRAFTER_ROWS, TILES, LIST) int64: places of the tile's largest scores, -1 behind them
 
-One program owns one tile of one row. STATUS says whether the row can have a distribution: 2 for NaN or +inf, 1 for a
+One program owns one tile of one row. A tile is not one stretch of the vocabulary but every TILES-th chunk of CHUNK tokens:
+vocabularies are sorted by how common a token is, so the largest logits of a row stand close together, and would crowd the
+lists of a few tiles. STATUS says whether the row can have a distribution: 2 for NaN or +inf, 1 for a
 finite logit, 0 for nothing but -inf. LARGEST is the prize of the largest score. SAMPLE is the prize of the largest score +
 Gumbel noise, made where the request samples and is not a case for lists: then the list holds every token of the tile
 whose key is at least FLOOR, and FLOOR is as low as LIST entries allow, or nearly. Ties longer than a list stay out of it.
@@ -16,7 +18,7 @@ import triton
 import triton.language as tl
 
 from gemma4_kernels.triton_common.rounding import to_fp32
-from gemma4_kernels.verification.triton.portable_math import gumbel, words_of_tile
+from gemma4_kernels.verification.triton.portable_math import gumbel, words_of_blocks
 from gemma4_kernels.verification.triton.scores import best_of, key_of, place_of, score_of
 
 STATUS, LARGEST, SAMPLE, FLOOR = (tl.constexpr(index) for index in range(4))
@@ -59,7 +61,7 @@ def tiles_kernel(
     logits_ptr, draft_logits_ptr, drafts_ptr, num_drafts_ptr, temperature_ptr, top_k_ptr, softcap_ptr, seeds_ptr,
     positions_ptr, facts_ptr, lists_ptr, stride_batch, stride_row, draft_stride_batch, draft_stride_row,
     ROWS, DRAFTER_ROWS, V, TILES, stream,
-    TOKENS: tl.constexpr, LIST: tl.constexpr, LONGEST_TOP_K: tl.constexpr, EVERY_ROW: tl.constexpr,
+    TOKENS: tl.constexpr, CHUNK: tl.constexpr, LIST: tl.constexpr, LONGEST_TOP_K: tl.constexpr, EVERY_ROW: tl.constexpr,
 ):  # fmt: skip
     """Grid (TILES * (ROWS + DRAFTER_ROWS) * B,)."""
     program = tl.program_id(0)
@@ -76,8 +78,11 @@ def tiles_kernel(
         if draft_logits_ptr is not None:
             drafter_ptr = draft_logits_ptr + request * draft_stride_batch + index.to(tl.int64) * draft_stride_row
             row_ptr = tl.where(is_target, row_ptr, drafter_ptr)
-        first = tile * TOKENS
-        token = first + tl.arange(0, TOKENS // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]  # [TOKENS / 4, 4]
+        # Chunks of a tile stand TILES chunks apart.
+        index_of_block = tl.arange(0, TOKENS // 4)
+        chunk = index_of_block // (CHUNK // 4) * TILES + tile
+        block = chunk * (CHUNK // 4) + index_of_block % (CHUNK // 4)  # [TOKENS / 4]
+        token = block[:, None] * 4 + tl.arange(0, 4)[None, :]  # [TOKENS / 4, 4]
         is_token = token < V
         logit = to_fp32(tl.load(row_ptr + token, mask=is_token, other=float("-inf")))
         temperature = tl.load(temperature_ptr + request)
@@ -106,5 +111,5 @@ def tiles_kernel(
                     wanted &= is_target
                 if wanted:
                     position = tl.load(positions_ptr + request) + index
-                    word = words_of_tile(first, tl.load(seeds_ptr + request), position, stream, TOKENS)
+                    word = words_of_blocks(block, tl.load(seeds_ptr + request), position, stream)
                     tl.store(facts + SAMPLE * TILES, best_of(score + gumbel(word), token, is_token))
