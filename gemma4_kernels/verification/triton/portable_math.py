@@ -94,12 +94,12 @@ def _philox(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10 on uint32."""
     for _ in tl.static_range(_ROUNDS):
         first, second = c0, c2
-        c0 = tl.umulhi(second, tl.full(second.shape, _MULTIPLIERS[1], tl.uint32)) ^ c1 ^ k0
-        c1 = tl.mul(second, tl.full(second.shape, _MULTIPLIERS[1], tl.uint32), sanitize_overflow=False)
-        c2 = tl.umulhi(first, tl.full(first.shape, _MULTIPLIERS[0], tl.uint32)) ^ c3 ^ k1
-        c3 = tl.mul(first, tl.full(first.shape, _MULTIPLIERS[0], tl.uint32), sanitize_overflow=False)
-        k0 = tl.add(k0, tl.full(k0.shape, _KEY_STEPS[0], tl.uint32), sanitize_overflow=False)
-        k1 = tl.add(k1, tl.full(k1.shape, _KEY_STEPS[1], tl.uint32), sanitize_overflow=False)
+        c0 = tl.umulhi(second, _MULTIPLIERS[1]) ^ c1 ^ k0
+        c1 = tl.mul(second, _MULTIPLIERS[1], sanitize_overflow=False)
+        c2 = tl.umulhi(first, _MULTIPLIERS[0]) ^ c3 ^ k1
+        c3 = tl.mul(first, _MULTIPLIERS[0], sanitize_overflow=False)
+        k0 = tl.add(k0, _KEY_STEPS[0], sanitize_overflow=False)
+        k1 = tl.add(k1, _KEY_STEPS[1], sanitize_overflow=False)
     return c0, c1, c2, c3
 
 
