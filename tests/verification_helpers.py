@@ -10,7 +10,7 @@ from gemma4_kernels.verification import api, eager
 
 # Programs small enough for the interpreter: the vocabulary of a test still has several tiles, lists that overflow, and
 # rows that are read in steps.
-SMALL = {"TILE": 128, "CHUNK": 16, "LIST": 4, "SCRATCH": 64, "READ": 256, "FACT_TILES": 2}
+SMALL = {"TILE": 128, "CHUNK": 16, "LIST": 4, "SHORTEST_LIST": 4, "SCRATCH": 64, "READ": 256, "FACT_TILES": 2}
 _DEFAULTS = {
     "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "softcap": 0.0, "seeds": 3, "positions": 5,
     "method": "match", "draft_logits": None, "eos_token_ids": (), "max_new_tokens": None, "stream": 0,

@@ -35,14 +35,13 @@ def plan(
         logits, draft_logits = logits.float(), draft_logits.float()  # exact
     drafter_rows = 0 if draft_logits is None else rows - 1
     count = triton.cdiv(vocab_size, tables.TILE)
-    # Where a program could not hold the lists of a row, top-k reads again.
-    longest = tables.LONGEST_TOP_K if count * tables.LIST <= tables.SCRATCH else 0
+    length = tables.list_length(count)
 
     def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
     facts = empty(batch, rows + drafter_rows, 4, count)
-    lists = empty(batch, rows + drafter_rows, count, tables.LIST) if longest else facts
+    lists = empty(batch, rows + drafter_rows, count, length)
     tokens, results, flags = empty(batch, rows), empty(4, batch), empty(2, batch, dtype=torch.uint8)
     common: dict[str, Any] = {
         "logits_ptr": logits, "drafts_ptr": draft_tokens.contiguous(), "num_drafts_ptr": _dense(num_drafts),
@@ -56,7 +55,8 @@ def plan(
         "draft_stride_batch": 0 if draft_logits is None else draft_logits.stride(0),
         "draft_stride_row": 0 if draft_logits is None else draft_logits.stride(1),
     }
-    shared = {"LIST": tables.LIST, "LONGEST_TOP_K": longest}
+    # Without lists, top-k reads the row again.
+    shared = {"LIST": max(length, 2), "LONGEST_TOP_K": tables.LONGEST_TOP_K if length else 0}
     over_tiles = _launch(
         tiles.tiles_kernel,
         count * (rows + drafter_rows) * batch,

@@ -202,6 +202,11 @@ def finish_row(
                 step = (((high - base - 1) >> bits) // THRESHOLDS + 1) << bits
                 index = tl.arange(0, THRESHOLDS)
                 thresholds = base + index * step  # [THRESHOLDS]
+                if (first_read > 0) & (stage == _TOP_K) & (low == 0) & (has_top_p | (knows == 0)):
+                    # The k-th largest may lie below the sample, and nothing says how far: all of fp32 is too wide.
+                    gaps = (2 << index).to(tl.float32)  # 2, 4, 8 ..: the first is not used
+                    spread = place_of(key_of(largest - gaps), tl.zeros([THRESHOLDS], tl.int32))
+                    thresholds = tl.where(index > 0, spread, base)
                 counts = (stage == _TOP_K).to(tl.int32)
                 below, whole, listed = _read(
                     row_ptr, V, softcap, divisor, largest, counts, floor, thresholds, base, high, scratch_ptr,
