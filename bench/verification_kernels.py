@@ -28,18 +28,18 @@ def launches(dtype: str = "bf16") -> Iterator[tuple[str, Launch]]:
         ("block", True),
         ("block", False),
     ):
-        for launch in _plan(method, told, _DTYPES[dtype]):
+        for launch in plan(method, told, _DTYPES[dtype]):
             name = f"{method}{', told' if told else ''}: {launch.name.removesuffix('_kernel')}"
             yield f"{name}, {ROWS} x {VOCABULARY} {dtype}", launch
 
 
-def _plan(method: str, told: bool, dtype: torch.dtype) -> list[Launch]:
+def plan(method: str, told: bool, dtype: torch.dtype, vocabulary: int = VOCABULARY) -> list[Launch]:
     def empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
 
-    logits, whole = empty(1, ROWS, VOCABULARY, of=dtype), empty(1, of=torch.int64)
+    logits, whole = empty(1, ROWS, vocabulary, of=dtype), empty(1, of=torch.int64)
     drafts = empty(1, ROWS - 1, of=torch.int64)
-    draft_logits = empty(1, ROWS - 1, VOCABULARY, of=dtype) if told else None
+    draft_logits = empty(1, ROWS - 1, vocabulary, of=dtype) if told else None
     made, _ = backend.plan(
         logits, drafts, whole, empty(1), whole, empty(1), empty(1), empty(1), whole, whole, draft_logits, whole, _ENDS,
         method, 0,

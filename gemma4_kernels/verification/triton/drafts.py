@@ -94,7 +94,7 @@ def _draft_at(drafts_ptr, request, row, count, ROWS, V):
     return draft, is_draft
 
 
-@triton.jit(do_not_specialize=["ROWS", "DRAFTER_ROWS", "stream"])
+@triton.jit(do_not_specialize=["ROWS", "DRAFTER_ROWS", "TILES", "stream"])
 def rows_kernel(
     logits_ptr, draft_logits_ptr, drafts_ptr, num_drafts_ptr, temperature_ptr, top_k_ptr, cut_ptr, min_p_ptr, softcap_ptr,
     seeds_ptr, positions_ptr, facts_ptr, lists_ptr, scratch_ptr, made_ptr, stride_batch, stride_row, draft_stride_batch,
@@ -142,7 +142,7 @@ def _distribution(made_ptr, place):
     return largest, tl.load(made + FIRST), tl.load(made + LAST), from_fixed(tl.load(made + TOTAL))
 
 
-@triton.jit(do_not_specialize=["ROWS", "DRAFTER_ROWS", "B"])
+@triton.jit(do_not_specialize=["ROWS", "DRAFTER_ROWS", "TILES", "B"])
 def drafts_kernel(
     logits_ptr, draft_logits_ptr, drafts_ptr, num_drafts_ptr, temperature_ptr, min_p_ptr, softcap_ptr, seeds_ptr,
     positions_ptr, max_new_tokens_ptr, facts_ptr, made_ptr, tokens_ptr, results_ptr, flags_ptr,

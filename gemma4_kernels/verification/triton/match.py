@@ -51,7 +51,7 @@ def store_counts(results_ptr, B, request, accepted, next_token, emitted, finishe
     tl.store(flags_ptr + B + request, refused.to(tl.uint8))
 
 
-@triton.jit(do_not_specialize=["ROWS", "B", "stream"])
+@triton.jit(do_not_specialize=["ROWS", "TILES", "B", "stream"])
 def match_kernel(
     logits_ptr, drafts_ptr, num_drafts_ptr, temperature_ptr, top_k_ptr, cut_ptr, min_p_ptr, softcap_ptr, seeds_ptr,
     positions_ptr, max_new_tokens_ptr, facts_ptr, lists_ptr, scratch_ptr, tokens_ptr, results_ptr, flags_ptr,

@@ -165,7 +165,7 @@ def finish_row(
         has_listed = (top_k > 0) & (top_k <= LONGEST_TOP_K)
         has_top_k = has_listed | ((top_k > 0) & (top_k < V))
         has_top_p = cut > 0
-        kept = tl.minimum(top_k, V.to(tl.int64))
+        kept = tl.minimum(top_k, tl.zeros([], tl.int64) + V)  # a V of 1 is a constexpr
         # The sample of the unfiltered row, if it has been made.
         knows = (wants_token > 0) & (has_listed == 0)
         sample = tl.where(knows, token_of_prize(largest_fact(facts_ptr, SAMPLE, TILES, FACT_TILES)), token)
@@ -178,7 +178,7 @@ def finish_row(
         from_tiles = has_listed.to(tl.int32)
         has_list = from_tiles
         stage = tl.where(has_top_k, _TOP_K, tl.where(has_top_p, _TOP_P, _SEARCHED))
-        entries = (TILES * LIST).to(tl.int32)
+        entries = tl.zeros([], tl.int32) + TILES * LIST
         before = tl.zeros([], tl.int64)  # mass below the list
         is_open = 1
         while is_open > 0:

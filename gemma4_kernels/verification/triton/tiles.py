@@ -56,7 +56,7 @@ def _list_largest(key, token, list_ptr, LIST: tl.constexpr, TOKENS: tl.constexpr
     return high
 
 
-@triton.jit(do_not_specialize=["ROWS", "DRAFTER_ROWS", "stream"])
+@triton.jit(do_not_specialize=["ROWS", "DRAFTER_ROWS", "TILES", "stream"])
 def tiles_kernel(
     logits_ptr, draft_logits_ptr, drafts_ptr, num_drafts_ptr, temperature_ptr, top_k_ptr, softcap_ptr, seeds_ptr,
     positions_ptr, facts_ptr, lists_ptr, stride_batch, stride_row, draft_stride_batch, draft_stride_row,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from gemma4_kernels import environment
 
@@ -42,6 +43,16 @@ def test_no_operation_is_fused_flushed_or_approximate():
         text = text.replace("cvt.rmi.ftz.f32.f32", "")
         found = re.search(r"\bfma\.|\.ftz\.|\bdiv\.(full|approx)|\b(ex2|lg2|rcp|tanh)\.", text)
         assert found is None, f"{name}: {found}"
+
+
+@pytest.mark.parametrize("vocabulary", [1, 16, 2**20 + 1])
+@pytest.mark.parametrize("method", ["match", "block"])
+def test_vocabularies_that_the_compiler_sees_otherwise(method, vocabulary):
+    """It takes a size of 1 as a constant, knows multiples of 16, and 513 tiles have no lists."""
+    for launch in verification_kernels.plan(method, method == "block", torch.float32, vocabulary):
+        compiled = launch.compile("sm_86")
+        (reading,) = static.read(static.CompiledKernel(launch.name, "sm_86", compiled.asm["cubin"]))
+        assert reading.spill_instructions == 0
 
 
 def test_lists_of_gemmas_vocabulary_fit_into_a_program():
