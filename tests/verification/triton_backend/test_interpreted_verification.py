@@ -162,16 +162,19 @@ def test_top_k_around_the_longest_of_the_lists(distinct, monkeypatch):
 
 def test_ties_at_the_last_place_of_top_k_all_stay():
     """All of one tile, one of each tile, more than a list holds, more than the scratch list holds."""
-    logits = torch.full((6, 300), -20.0) + 1e-3 * randn(6, 300)
+    logits = torch.full((7, 300), -20.0) + 1e-3 * randn(7, 300)
     logits[:, 150] = 1.0
     in_a_tile = [
         token for chunk in range(0, 300, 48) for token in range(chunk, chunk + 12)
     ]  # three tiles, chunks of 16
-    places = [in_a_tile[:3], in_a_tile[:5], in_a_tile, range(0, 300, 61), range(0, 300, 2), range(10, 80)]
+    and_others = [*in_a_tile, 16, 17, 32, 33]  # which are listed, as many as top-k wants
+    places = [
+        in_a_tile[:3], in_a_tile[:5], in_a_tile, and_others, range(0, 300, 61), range(0, 300, 2), range(10, 80)
+    ]  # fmt: skip
     for row, place in zip(logits, places, strict=True):
         row[list(place)] = 1.0
     for top_k in (2, 4):
-        result = assert_same(logits, top_k=top_k, seeds=torch.arange(6))
+        result = assert_same(logits, top_k=top_k, seeds=torch.arange(7))
         assert all(
             int(token) in {150, *place} for token, place in zip(result[2], places, strict=True) if len(place) > 3
         )
