@@ -48,7 +48,8 @@ test-plain: $(READY)
 	$(BIN)/python -m pytest
 
 test-interpreted: $(READY)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attention/triton_backend tests/linear/triton_backend
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attention/triton_backend tests/linear/triton_backend \
+		tests/verification/triton_backend
 
 bench: $(READY)
 	$(BIN)/gemma4-kernels bench --quick

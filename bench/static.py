@@ -74,7 +74,10 @@ Provider = Callable[[str], Iterable[CompiledKernel | LazyKernel]]
 _providers: dict[str, str] = {
     "attention": "gemma4_kernels.bench.attention_kernels:provide",
     "linear": "gemma4_kernels.bench.linear_kernels:provide",
+    "verification": "gemma4_kernels.bench.verification_kernels:provide",
 }
+# family -> "package.module:function" that returns lines to print below the tables, where the family is in them.
+_remarks: dict[str, str] = {"verification": "gemma4_kernels.bench.verification_kernels:remarks"}
 
 
 def register(family: str, entry: str) -> None:
@@ -176,6 +179,9 @@ def collect(architectures: Iterable[str] = ARCHITECTURES, names: Sequence[str] =
                 found.readings.extend((family, each) for each in future.result())
             except (OSError, RuntimeError, ValueError, KeyError) as error:
                 found.failures.append(_sentence(f"{family}, {kernel.name} for {kernel.architecture}", error))
+    for family in {family: None for family, _ in found.readings if family in _remarks}:
+        module, _, name = _remarks[family].partition(":")
+        found.remarks.extend(getattr(importlib.import_module(module), name)())
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from gemma4_kernels import backends, checks
 from gemma4_kernels.backends import Call, Implementation
 from gemma4_kernels.op_support import fp32_sums, refuse_backward
+from gemma4_kernels.triton_common import support
 
 METHODS = ("match", "rejection", "block")
 LARGEST_VOCABULARY = 2**24
@@ -28,15 +29,22 @@ SCHEMA = (
 )
 
 
+FP64_DRAFTER = "draft_logits in fp64"
+"""A feature: the other dtypes are scored in fp32."""
+
+
 def describe(logits: Tensor, draft_tokens: Tensor, num_drafts: Tensor | None, *rest: Any) -> Call:
-    *_, method, _stream = rest
+    *_, draft_logits, _max_new_tokens, _eos_token_ids, method, _stream = rest
     drafts = draft_tokens.shape[1]
+    features = {method}
+    if draft_logits is not None and draft_logits.dtype == torch.float64:
+        features.add(FP64_DRAFTER)
     return Call(
         op="verify_drafts",
         device_type=logits.device.type,
         architecture=backends.architecture_of(logits.device),
         dtype=logits.dtype,
-        features=frozenset({method}),
+        features=frozenset(features),
         shape_class=f"{method}, {'no drafts' if drafts == 0 else 'drafts'}",
     )
 
@@ -106,6 +114,11 @@ backends.register(
         backend="eager",
         entry="gemma4_kernels.verification.eager:verify_drafts",
         dtypes=frozenset(checks.FLOATS),
-        features=frozenset(METHODS),
+        features=frozenset({*METHODS, FP64_DRAFTER}),
+    )
+)
+backends.register(
+    support.implementation(
+        "verify_drafts", "gemma4_kernels.verification.triton.backend:verify_drafts", frozenset(METHODS)
     )
 )

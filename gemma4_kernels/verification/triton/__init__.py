@@ -1,0 +1,1 @@
+"""Verification and sampling in Triton; see docs/mtp.md."""
