@@ -48,7 +48,7 @@ class ReferenceTarget:
         """Read tokens (B, S), of which `lengths` are text. Returns the last row of each."""
         if any(value is not None for value in inputs.values()):
             raise ValueError(f"inputs: expected none, the reference generates from text, got {sorted(inputs)}")
-        self.caches = [ReferenceCache() for _ in lengths]
+        self.caches, self.shared = [ReferenceCache() for _ in lengths], []
         outputs = [self._read(b, tokens[b : b + 1, :length]) for b, length in enumerate(lengths)]
         self.lengths = list(lengths)
         hidden = torch.cat([out.hidden[:, -1:] for out in outputs])

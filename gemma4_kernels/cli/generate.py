@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,22 +106,31 @@ class _Printer:
             # The last character may be half of one that the next token completes.
             ready = text if update.finish_reason else text.rstrip("\ufffd")
             self._clear()
-            print(ready[len(self.printed) :], end="", flush=True)
-            self.printed = ready
+            # And a tokenizer may take back what it made of bytes until they are a whole character.
+            if len(ready) > len(self.printed):
+                print(ready[len(self.printed) :], end="", flush=True)
+                self.printed = ready
         elif update.finish_reason:
             self._clear()
             print(f"[{update.request}] {text}\n", flush=True)
         if self.live:
             statistics = update.statistics
-            shares = (
-                f"{statistics.tokens_per_pass:.2f} tokens a pass, {statistics.acceptance:.0%} of the drafts accepted"
-            )
-            # Saves the cursor, writes below the text, and comes back.
-            print(f"\x1b7\n\x1b[2K{statistics.tokens} tokens, {shares}\x1b8", end="", file=sys.stderr, flush=True)
+            shown = f"{statistics.tokens} tokens"
+            if statistics.target_passes:
+                shown += f", {statistics.tokens_per_pass:.2f} a pass"
+            if sum(statistics.offered):
+                shown += f", {statistics.acceptance:.0%} of the drafts accepted"
+            self._status(shown)
 
     def _clear(self) -> None:
         if self.live:
-            print("\x1b7\n\x1b[2K\x1b8", end="", file=sys.stderr, flush=True)
+            self._status("")
+
+    def _status(self, text: str) -> None:
+        """Write on the line below the text. Down and up again first: at the bottom of the screen that makes room, and only then
+        does a saved place stay where it was."""
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\x1bD\x1b[A\x1b7\x1b[B\r\x1b[2K{text[:width]}\x1b8", end="", file=sys.stderr, flush=True)
 
     def finish(self) -> None:
         self._clear()

@@ -8,6 +8,7 @@ values of a 12B (`kv_sharing_modes`) does not matter.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,11 @@ from gemma4_kernels.mtp.rows import SharedRows
 from gemma4_kernels.mtp.target import Pass
 
 NAME = "gemma4_kernels_speculative"
+_OWN_INPUTS = {
+    "args", "attention_mask", "input_ids", "inputs_embeds", "kwargs", "labels", "logits_to_keep", "past_key_values",
+    "per_layer_inputs", "position_ids", "return_dict", "use_cache",
+}  # fmt: skip
+"""What a pass sets itself, or what has no place in generation."""
 _KINDS = {"sliding_attention": "sliding", "full_attention": "full"}
 
 
@@ -90,6 +96,13 @@ class TransformersTarget:
         self, tokens: Tensor, lengths: list[int], *, max_positions: int, tentative_rows: int, inputs: dict[str, Any]
     ) -> Pass:
         batch = tokens.shape[0]
+        self._check_inputs(inputs)
+        if self.max_rows is not None and tentative_rows > self.max_rows:
+            raise ValueError(
+                f"TransformersTarget: max_rows must be at least the {tentative_rows} rows of a request, its drafts and one, "
+                f"got {self.max_rows}"
+            )
+        self.cache = None  # the one before need not stay while this one is made
         self.cache = SpeculativeCache(
             self._layers, batch=batch, max_positions=max_positions, tentative_rows=tentative_rows,
             dtype=self.model.dtype, device=self.device,
@@ -190,10 +203,20 @@ class TransformersTarget:
                 input_ids=tokens, position_ids=positions, past_key_values=self, use_cache=True,
                 # Ready-made masks, so that transformers makes none: the attention knows what is visible.
                 attention_mask={"full_attention": None, "sliding_attention": None},
-                speculative_target=self, **inputs,
+                speculative_target=self, return_dict=True, **inputs,
             )  # fmt: skip
         hidden: Tensor = out.last_hidden_state
         return hidden
+
+    def _check_inputs(self, inputs: dict[str, Any]) -> None:
+        """transformers' forward takes any keyword and leaves out what it does not know, a misspelt one too."""
+        known = inspect.signature(self.model.base_model.forward).parameters.keys() - _OWN_INPUTS
+        for name, value in inputs.items():
+            if value is not None and name not in known:
+                raise TypeError(
+                    f"generate: {name} must be an argument of generate or an input of {type(self.model).__name__}, one of "
+                    f"{', '.join(sorted(known)) or 'none'}"
+                )
 
     def _block_ids(self, token_types: Tensor | None) -> Tensor | None:
         """(B, S) int32: which tokens belong to one image or video, -1 for text and audio."""
@@ -233,5 +256,5 @@ def _eos_token_ids(model: Any) -> tuple[int, ...]:
     for config in (getattr(model, "generation_config", None), model.config, model.config.get_text_config()):
         found = getattr(config, "eos_token_id", None)
         if found is not None:
-            return (found,) if isinstance(found, int) else tuple(found)
+            return tuple(torch.as_tensor(found).flatten().tolist())
     return ()

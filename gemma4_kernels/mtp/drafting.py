@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gemma4_kernels import checks
@@ -24,7 +25,9 @@ class DraftContext(NamedTuple):
     texts: list[list[int]]
     """The tokens of each, prompt included; the last one is the bonus token, which the target has not read yet."""
     num_drafts: int
-    """K: drafts wanted of each. What a request does not want is not looked at."""
+    """K: the most drafts that one of them wants."""
+    wanted: list[int]
+    """(A,) drafts that each of them wants; what stands behind them is not looked at."""
     hidden: Tensor
     """(A, hidden): the target's state after its final norm that produced the bonus token."""
     rows: Callable[[], SharedRows]
@@ -32,7 +35,19 @@ class DraftContext(NamedTuple):
 
 
 DraftFunction = Callable[[DraftContext], Tensor]
-"""Returns (A, K) integers, tokens of the target's vocabulary."""
+"""Returns (A, K) integers, tokens of the target's vocabulary. If they are on the CPU, a negative number ends a request's drafts:
+it has fewer of them then."""
+
+
+class DraftsOfRound(NamedTuple):
+    """What a round verifies."""
+
+    tokens: Tensor
+    """(A, K) int64, tokens of the vocabulary everywhere."""
+    logits: Tensor | None
+    """(A, K, V) that they were drawn from."""
+    lengths: list[int]
+    """(A,) how many of them each request has."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +79,18 @@ class Drafting:
         return cls(drafter, target, samples, position, sliding_rows, suggested)
 
     def draft(
-        self, num_drafts: int, requests: list[tuple[int, list[int]]], bonus: Tensor, hidden: Tensor,
+        self, wanted: list[int], requests: list[tuple[int, list[int]]], bonus: Tensor, hidden: Tensor,
         sampling: dict[str, Tensor],
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """K drafts for each of A requests: tokens (A, K), and the logits (A, K, V) that they were drawn from or None.
+    ) -> DraftsOfRound:  # fmt: skip
+        """Drafts for A requests.
 
         Args:
+            wanted: how many for each.
             requests: index and text of each.
             bonus: (A,). hidden: (A, hidden).
             sampling: filters, seeds and positions of the first draft, (A,) each.
         """
+        num_drafts = max(wanted)
         if isinstance(self.source, Drafter):
             # What the verification does to the target's logits it does to these too, the softcap included.
             draws = DraftSampling(softcap=self.target.softcap, **sampling) if self.samples else None
@@ -81,11 +98,25 @@ class Drafting:
                 bonus, hidden, SharedRows.of(self.target.rows()), self.target.embed, num_drafts, position=self.position,
                 sliding_rows=self.sliding_rows, sampling=draws,
             )  # fmt: skip
-            return drafts.tokens, drafts.logits
-        indices, texts = [index for index, _ in requests], [text for _, text in requests]
-        tokens = self.source(DraftContext(indices, texts, num_drafts, hidden, self.target.rows))
+            return DraftsOfRound(drafts.tokens, drafts.logits, wanted)
+        # Copies: a function may write its guesses behind them.
+        indices, texts = [index for index, _ in requests], [list(text) for _, text in requests]
+        tokens = self.source(DraftContext(indices, texts, num_drafts, list(wanted), hidden, self.target.rows))
         checks.is_tensor(FUNCTION, "what drafter returned", tokens)
         checks.has_shape(FUNCTION, "what drafter returned", tokens, (len(requests), num_drafts))
         checks.has_dtype(FUNCTION, "what drafter returned", tokens, checks.INTEGERS)
+        is_draft = torch.arange(num_drafts, device=tokens.device) < to_device(wanted, tokens.device)[:, None]
+        if tokens.device.type == "cpu":
+            is_draft &= (tokens >= 0).cumprod(dim=1).bool()
+            wanted = is_draft.sum(dim=1).tolist()
+        tokens = torch.where(is_draft, tokens, 0)
         checks.values_within(FUNCTION, "a token that drafter returned", tokens, 0, self.target.vocab_size - 1)
-        return tokens.to(bonus.device, bonus.dtype), None
+        # Out of the vocabulary they must not reach the target's embedding.
+        tokens = tokens.clamp(0, self.target.vocab_size - 1)
+        return DraftsOfRound(tokens.to(bonus.device, bonus.dtype), None, wanted)
+
+
+def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """(n,) int64, without making the host wait for what the device is doing."""
+    tensor = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)

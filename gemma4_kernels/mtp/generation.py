@@ -12,8 +12,9 @@ The host looks at the device once a round, to hand out the tokens. docs/mtp.md s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from gemma4_kernels import checks
 from gemma4_kernels.mtp.draft_length import AdaptiveLength, DraftLength
 from gemma4_kernels.mtp.drafter import PositionRule
-from gemma4_kernels.mtp.drafting import Drafting
+from gemma4_kernels.mtp.drafting import Drafting, to_device
 from gemma4_kernels.mtp.prompts import FUNCTION, align
 from gemma4_kernels.mtp.statistics import Statistics, Stopwatch
 from gemma4_kernels.mtp.stopping import StopStrings
@@ -43,7 +44,7 @@ class Update(NamedTuple):
     finish_reason: FinishReason | None
     """None: there is more to come."""
     statistics: Statistics
-    """Of the whole batch so far."""
+    """Of the whole batch. They go on counting after this update; copy what is to stay."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def generate(
     attention_mask: Tensor | None = None, max_new_tokens: int | Sequence[int] = 256, num_drafts: int | None = None,
     adaptive: bool | AdaptiveLength = True, temperature: Number = 0.0, top_k: int | Tensor = 0, top_p: Number = 1.0,
     min_p: Number = 0.0, seeds: int | Tensor | None = None, method: str = "match",
-    eos_token_ids: Collection[int] | None = None, stop_strings: Sequence[str] = (), tokenizer: Any = None,
+    eos_token_ids: int | Collection[int] | None = None, stop_strings: Sequence[str] = (), tokenizer: Any = None,
     position: PositionRule = "bonus", sliding_rows: int | None = None, on_tokens: Callable[[Update], None] | None = None,
     **inputs: Any,
 ) -> Generation:  # fmt: skip
@@ -145,7 +146,8 @@ def generate(
         stop_strings: a text ends with the token that completes one of these; needs the tokenizer.
         position, sliding_rows: conventions of the drafter, see `Drafter.draft`.
         on_tokens: called with an `Update` whenever a request has new tokens, within a round in the order of the batch.
-        inputs: what else the model's forward takes with the prompts: pixel_values, mm_token_type_ids and so on.
+        inputs: what else the model's forward takes with the prompts: pixel_values, mm_token_type_ids and so on. A target
+            refuses what it does not know.
     Returns: Generation.
     Raises: ValueError, TypeError, ShapeError, DTypeError naming the argument; what the model raises.
     """
@@ -159,7 +161,7 @@ def generate(
         num_drafts = DEFAULT_DRAFTS if drafting is None else drafting.num_drafts or DEFAULT_DRAFTS
     largest = 0 if drafting is None else checks.whole_number(FUNCTION, "num_drafts", num_drafts)
     rule = adaptive if isinstance(adaptive, AdaptiveLength) else AdaptiveLength() if adaptive else None
-    eos = tuple(target.eos_token_ids if eos_token_ids is None else eos_token_ids)
+    eos = _eos(target.eos_token_ids if eos_token_ids is None else eos_token_ids)
     run = _Run(
         target=target, drafting=drafting, method=method, eos=eos, stop=StopStrings(stop_strings, tokenizer),
         on_tokens=on_tokens, watch=Stopwatch(target.device),
@@ -213,31 +215,33 @@ class _Run:
             )
         device = tokens.device
         self.state = _State(
-            tokens[:, 0], out.hidden[:, 0], torch.tensor(lengths, device=device),
-            torch.tensor([request.budget for request in self.requests], device=device), seeds, filters,
+            tokens[:, 0], out.hidden[:, 0], to_device(lengths, device),
+            to_device([request.budget for request in self.requests], device), seeds, filters,
         )  # fmt: skip
         result = self._verify(out, tokens[:, :0], None, None)
         self._emit(out, result, [0] * len(self.requests), is_first=True)
 
     def round(self) -> None:
         """One pass of the target, with drafts or without."""
-        wanted = [request.wanted() for request in self.active]
-        num_drafts = max(wanted)
+        lengths = [request.wanted() for request in self.active]
         state = self.state
         drafts, draft_logits = state.bonus[:, None][:, :0], None  # (A, 0)
-        if num_drafts:
+        if max(lengths):
             assert self.drafting is not None  # without one nobody wants drafts
             with self.watch.phase("draft"):
-                drafts, draft_logits = self.drafting.draft(
-                    num_drafts, [(request.index, request.text) for request in self.active], state.bonus, state.hidden,
+                drafts, draft_logits, lengths = self.drafting.draft(
+                    lengths, [(request.index, request.text) for request in self.active], state.bonus, state.hidden,
                     {**state.filters, "seeds": state.seeds, "positions": state.text_length},
                 )  # fmt: skip
+            longest = max(lengths)
+            drafts = drafts[:, :longest]
+            draft_logits = None if draft_logits is None else draft_logits[:, :longest]
+        num_drafts = to_device(lengths, drafts.device) if min(lengths) < drafts.shape[1] else None
         with self.watch.phase("verify"):
             out = self.target.step(torch.cat((state.bonus[:, None], drafts), dim=1))
-        lengths = torch.tensor(wanted, device=drafts.device) if min(wanted) < num_drafts else None
-        result = self._verify(out, drafts, lengths, draft_logits)
+        result = self._verify(out, drafts, num_drafts, draft_logits)
         self.target.commit(result.num_emitted)
-        self._emit(out, result, wanted)
+        self._emit(out, result, lengths)
 
     def _verify(
         self, out: Pass, drafts: Tensor, num_drafts: Tensor | None, draft_logits: Tensor | None
@@ -269,7 +273,7 @@ class _Run:
             self._take(request, drafts, accepted, tokens[:emitted], bool(finished), bool(refused), is_first)
         kept = [place for place, request in enumerate(self.active) if request.finish_reason is None]
         if 0 < len(kept) < len(self.active):
-            which = torch.tensor(kept, device=state.bonus.device)
+            which = to_device(kept, state.bonus.device)
             self.state = self.state.keep(which)
             self.target.keep(which)
         self.active = [self.active[place] for place in kept]
@@ -330,8 +334,13 @@ def _target(model: Any) -> Target:
     return TransformersTarget(model)
 
 
+def _eos(given: int | Collection[int]) -> tuple[int, ...]:
+    tokens = (given,) if isinstance(given, Integral) else tuple(given)  # type: ignore[arg-type]
+    return tuple(checks.whole_number(FUNCTION, "an element of eos_token_ids", token) for token in tokens)
+
+
 def _budgets(max_new_tokens: int | Sequence[int], batch: int) -> list[int]:
-    budgets = [max_new_tokens] * batch if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    budgets = list(max_new_tokens) if isinstance(max_new_tokens, Iterable) else [max_new_tokens] * batch
     if len(budgets) != batch:
         raise ValueError(
             f"{FUNCTION}: max_new_tokens must be a number or {batch} of them, one a request, got {len(budgets)}"
@@ -359,4 +368,7 @@ def _seeds(seeds: int | Tensor | None, batch: int, device: torch.device) -> Tens
         return seeds.to(device, torch.int64)
     if seeds is None:
         return torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64).to(device)
-    return checks.whole_number(FUNCTION, "seeds", seeds, minimum=-(2**63)) + torch.arange(batch, device=device)
+    first = checks.whole_number(FUNCTION, "seeds", seeds, minimum=-(2**63))
+    if first + batch > 2**63:
+        raise ValueError(f"{FUNCTION}: seeds must fit into 64 bits for {batch} requests, got {first}")
+    return first + torch.arange(batch, device=device)

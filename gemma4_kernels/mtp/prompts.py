@@ -68,7 +68,9 @@ def align(
 
 
 def _prompt(prompt: Sequence[int] | Tensor) -> Tensor:
-    tokens = prompt.cpu() if isinstance(prompt, Tensor) else torch.tensor(prompt, dtype=torch.int64)
+    tokens = torch.as_tensor(prompt).cpu()
+    if tokens.numel() == 0:  # of no dtype yet
+        tokens = tokens.long()
     checks.has_shape(FUNCTION, "a prompt of input_ids", tokens, ("S",))
     checks.has_dtype(FUNCTION, "a prompt of input_ids", tokens, checks.INTEGERS)
     return tokens.long()

@@ -34,7 +34,11 @@ class StopStrings:
         """
         if not self.strings:
             return None
-        tail = old[-self._reach :]
+        start = max(0, len(old) - self._reach)
+        # A tokenizer whose tokens may be bytes makes nothing of a character that the tail cuts in two.
+        while start > 0 and self.tokenizer.decode(old[start:]).startswith("\ufffd"):
+            start = max(0, start - self._reach)
+        tail = old[start:]
         before = self._count(tail)
         for number, token in enumerate(new, start=1):
             tail.append(token)

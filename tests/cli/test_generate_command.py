@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gemma4_kernels import mtp
+from gemma4_kernels.cli.generate import _Printer
 
 VOCAB = small_models.VOCAB
 
@@ -73,6 +74,44 @@ def test_a_prompt_may_come_from_stdin_and_a_string_may_end_the_text(command, fol
     answer = command(f"gemma4-kernels generate {folders}/target -n 12 --stop {stop} --dtype float32 --device cpu")
     assert answer.status == 0, answer.err
     assert answer.out.split() == whole[: whole.index(stop) + 1]
+
+
+def test_characters_of_several_tokens_are_printed_once(capsys):
+    """A tokenizer that takes back what it made of bytes until a character is whole."""
+
+    class Bytes:
+        @staticmethod
+        def decode(tokens, skip_special_tokens):
+            try:
+                return bytes(tokens).decode()
+            except UnicodeDecodeError:
+                return "\ufffd" * len(tokens)
+
+    for text in ("a\u00e9\u00fcb", "\U00010348\U00010349\U0001034a", "one two"):
+        printer = _Printer(Bytes, 1)
+        tokens = list(text.encode())
+        for place, token in enumerate(tokens):
+            printer(mtp.Update(0, [token], "length" if place == len(tokens) - 1 else None, mtp.Statistics()))
+        assert capsys.readouterr().out == text
+
+
+def test_the_figures_stand_below_the_text_on_a_terminal(capsys):
+    class Words:
+        @staticmethod
+        def decode(tokens, skip_special_tokens):
+            return "".join(f"w{token} " for token in tokens)
+
+    printer = _Printer(Words, 1)
+    printer.live = True
+    statistics = mtp.Statistics()
+    statistics.saw_first(1)
+    printer(mtp.Update(0, [1], None, statistics))
+    assert "nan" not in capsys.readouterr().err
+    statistics.saw(offered=4, accepted=3, emitted=4)
+    printer(mtp.Update(0, [2, 3], None, statistics))
+    answer = capsys.readouterr()
+    assert answer.out == "w2 w3 "
+    assert "5 tokens, 4.00 a pass, 75% of the drafts accepted" in answer.err
 
 
 def test_what_is_wrong_is_said_in_one_line(command, folders, tmp_path):

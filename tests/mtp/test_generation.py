@@ -11,6 +11,7 @@ import small_reference
 import torch
 
 from gemma4_kernels import mtp
+from gemma4_kernels.mtp import generation
 from gemma4_kernels.mtp.draft_length import AdaptiveLength, DraftLength
 from gemma4_kernels.mtp.stopping import StopStrings
 from gemma4_kernels.mtp.target import Pass
@@ -76,6 +77,14 @@ def test_the_models_own_end_of_text_is_the_default():
     assert mtp.generate(model, None, PROMPTS[:1], max_new_tokens=NEW, eos_token_ids=()).tokens == plain()[:1]
 
 
+def test_one_end_of_text_and_numbers_of_other_libraries_are_taken():
+    numpy = pytest.importorskip("numpy")
+    got = mtp.generate(
+        target(), None, [numpy.array(PROMPTS[0])], max_new_tokens=numpy.int64(NEW), eos_token_ids=plain()[0][3]
+    )
+    assert got.tokens[0] == plain()[0][: plain()[0].index(plain()[0][3]) + 1]
+
+
 def test_every_request_has_its_own_budget():
     budgets = [1, 2, 7, 16, 5]
     for source in (None, drafter(), teller()):
@@ -106,6 +115,26 @@ def test_a_stop_string_in_the_prompt_does_not_count():
     assert stop.cut([], [ord("b")]) is None
     assert stop.cut([ord("a")], [ord("x"), ord("a"), ord("b"), ord("c")]) == 3
     assert stop.cut([ord("a")], [ord("b")]) == 1
+
+
+def test_a_stop_string_of_bytes_is_found_behind_others():
+    """A tokenizer of bytes, which makes replacement characters of them all while one character is not whole."""
+
+    class Bytes:
+        @staticmethod
+        def decode(tokens):
+            try:
+                return bytes(tokens).decode()
+            except UnicodeDecodeError:
+                return "\ufffd" * len(tokens)
+
+    for before in range(12):
+        old = list(("\ua000" * before).encode())
+        stop = StopStrings(["\U00010349"], Bytes)
+        new = list("\U00010349".encode())
+        for split in range(4):
+            assert stop.cut(old, new[:split]) is None
+            assert stop.cut(old + new[:split], new[split:]) == 4 - split
 
 
 def test_updates_are_the_text_in_pieces_as_they_come():
@@ -147,6 +176,106 @@ def test_statistics_count_what_happened():
     nothing = mtp.generate(target(), None, PROMPTS, max_new_tokens=1).statistics
     assert math.isnan(nothing.acceptance)
     assert math.isnan(nothing.tokens_per_pass)
+
+
+def test_drafts_after_a_stop_string_do_not_count_as_accepted():
+    got = mtp.generate(
+        target(), teller(), PROMPTS, max_new_tokens=NEW, num_drafts=5, adaptive=False,
+        stop_strings=[Letters.decode(plain()[1][1:3])], tokenizer=Letters,
+    )  # fmt: skip
+    assert got.statistics_by_request[1].offered == [1] * 5
+    assert got.statistics_by_request[1].accepted == [1, 1, 0, 0, 0]
+
+
+# What a source of drafts is told and may do ---------------------------------------------------------------------------
+
+
+def test_a_drafter_is_shown_the_state_behind_the_bonus_token():
+    def draft(context):
+        assert context.rows().lengths.tolist() == [len(text) - 1 for text in context.texts]
+        for text, hidden in zip(context.texts, context.hidden, strict=True):
+            torch.testing.assert_close(hidden, target().forward(torch.tensor([text[:-1]])).hidden[0, -1])
+        return teller(lambda i: i % 3)(context)
+
+    mtp.generate(target(), draft, PROMPTS, max_new_tokens=[3, 16, 7, 16, 5], num_drafts=3, adaptive=False)
+
+
+def test_what_a_function_does_to_the_texts_that_it_is_shown_is_its_own_affair():
+    def draft(context):
+        for text in context.texts:
+            text += [text[-1]] * context.num_drafts
+        return torch.tensor([text[-context.num_drafts :] for text in context.texts])
+
+    got = mtp.generate(target(), draft, PROMPTS, max_new_tokens=NEW, num_drafts=2)
+    assert got.tokens == plain()
+    assert got.statistics.tokens == 5 * NEW
+
+
+def test_a_function_may_have_fewer_drafts_than_are_wanted():
+    seen = []
+
+    def draft(context):
+        seen.append(context.wanted)
+        tokens = teller()(context)
+        for row, request in enumerate(context.requests):
+            tokens[row, request:] = -1 - row  # request 0 has none, request 1 one, and so on
+        return tokens
+
+    budgets = [4, NEW, NEW, NEW, NEW]
+    got = mtp.generate(target(), draft, PROMPTS, max_new_tokens=budgets, num_drafts=3, adaptive=False)
+    assert got.tokens == [text[:budget] for text, budget in zip(plain(), budgets, strict=True)]
+    assert [len(each.offered) for each in got.statistics_by_request] == [0, 1, 2, 3, 3]
+    assert all(each.accepted == each.offered for each in got.statistics_by_request)
+    assert seen[0] == [2, 3, 3, 3, 3]
+
+
+def test_what_a_request_does_not_want_is_not_looked_at():
+    def draft(context):
+        tokens = teller()(context)
+        for row, wanted in enumerate(context.wanted):
+            tokens[row, wanted:] = 10**6
+        return tokens
+
+    got = mtp.generate(target(), draft, PROMPTS, max_new_tokens=[4, 9, 9, 2, 9], num_drafts=4, adaptive=False)
+    assert got.tokens == [text[:budget] for text, budget in zip(plain(), [4, 9, 9, 2, 9], strict=True)]
+
+
+def test_a_target_can_be_used_again():
+    used = target().speculative_target()
+    for count in (3, 2, 5):
+        got = mtp.generate(used, drafter(), PROMPTS[:count], max_new_tokens=NEW, num_drafts=3)
+        assert got.tokens == plain()[:count]
+
+
+def test_conventions_and_filters_reach_the_drafter(monkeypatch):
+    seen, real = [], mtp.Drafter.draft
+
+    def spy(self, *args, **kwargs):
+        seen.append(kwargs)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(mtp.Drafter, "draft", spy)
+    options = {"max_new_tokens": 4, "num_drafts": 2, "position": "last_committed", "sliding_rows": 5}
+    mtp.generate(target(), drafter(), PROMPTS, method="rejection", temperature=0.7, top_k=9, seeds=1, **options)
+    told = seen[0]
+    assert (told["position"], told["sliding_rows"], told["sampling"].softcap) == ("last_committed", 5, 30.0)
+    assert told["sampling"].top_k.tolist() == [9] * 5
+    assert told["sampling"].seeds.tolist() == [1, 2, 3, 4, 5]
+    assert told["sampling"].positions.tolist() == [len(prompt) + 1 for prompt in PROMPTS]
+    mtp.generate(target(), drafter(), PROMPTS, temperature=0.7, **options)
+    assert seen[-1]["sampling"] is None
+
+
+def test_each_requests_own_numbers_reach_the_verification(monkeypatch):
+    seen, real = [], generation.verify_drafts
+
+    def spy(logits, drafts, num_drafts, **kwargs):
+        seen.append((None if num_drafts is None else num_drafts.tolist(), kwargs["max_new_tokens"].tolist()))
+        return real(logits, drafts, num_drafts, **kwargs)
+
+    monkeypatch.setattr(generation, "verify_drafts", spy)
+    mtp.generate(target(), teller(), PROMPTS, max_new_tokens=[4, 9, 9, 2, 9], num_drafts=3, adaptive=False)
+    assert seen == [(None, [4, 9, 9, 2, 9]), ([2, 3, 3, 0, 3], [3, 8, 8, 1, 8]), (None, [4, 4, 4])]
 
 
 # How many drafts -----------------------------------------------------------------------------------------------------
@@ -236,6 +365,10 @@ def test_a_request_without_hope_does_not_slow_down_the_others():
         ({"top_k": 1.5}, TypeError, "generate: top_k must be a whole number"),
         ({"top_p": 1.5}, ValueError, "top_p must be from 0 to 1"),
         ({"seeds": 0.5}, TypeError, "generate: seeds must be a whole number"),
+        ({"seeds": 2**63 - 2}, ValueError, "generate: seeds must fit into 64 bits for 5 requests"),
+        ({"input_ids": [[1.7, 2.2]]}, TypeError, "generate: a prompt of input_ids must be int32 or int64, got float32"),
+        ({"eos_token_ids": (1.5,)}, TypeError, "generate: an element of eos_token_ids must be a whole number"),
+        ({"do_sample": True}, ValueError, "inputs: expected none"),
         ({"stop_strings": ["x"]}, ValueError, "generate: tokenizer must be given with stop_strings"),
         ({"stop_strings": "x", "tokenizer": Letters}, TypeError, "generate: stop_strings must be a list"),
         ({"stop_strings": [""], "tokenizer": Letters}, TypeError, "generate: stop_strings must be a list"),

@@ -12,6 +12,7 @@ from small_models import random_ids
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from gemma4_kernels import QuantizedWeight, mtp, replace_linear
+from gemma4_kernels.integrations import transformers_target
 from gemma4_kernels.integrations.transformers_target import TransformersTarget
 from gemma4_kernels.reference import ReferenceModel
 from gemma4_kernels.reference import generate as reference_generate
@@ -180,6 +181,80 @@ def test_images_follow_the_models_own_rule():
         assert got.tokens[0] == expected
     blind = mtp.generate(model, None, ids, max_new_tokens=NEW, **{**inputs, "mm_token_type_ids": is_image.long() * 0})
     assert blind.tokens[0] != expected  # the case does tell whether blocks are seen
+
+
+def test_blocks_are_those_of_images_and_videos():
+    target = TransformersTarget(small_models.multimodal_model())
+    for types, blocks in (
+        ([0, 1, 1, 2, 2, 0, 3, 3, 0, 1], [-1, 0, 0, 0, 0, -1, -1, -1, -1, 1]),
+        ([3, 1, 1, 3, 2], [-1, 0, 0, -1, 1]),
+    ):
+        assert target._block_ids(torch.tensor([types])).tolist() == [blocks]
+
+
+def test_blocks_are_seen_on_sliding_layers_only(monkeypatch):
+    seen, real = [], transformers_target.flash_attn_func
+
+    def spy(*args, **kwargs):
+        seen.append((kwargs["window_size"], kwargs["block_ids"]))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(transformers_target, "flash_attn_func", spy)
+    ids = random_ids(1, 5)
+    mtp.generate(
+        small_models.multimodal_model(), None, ids, max_new_tokens=1, mm_token_type_ids=torch.tensor([[0, 1, 1, 0, 0]])
+    )
+    assert {window for window, _ in seen} == {(-1, -1), (WINDOW - 1, 0)}
+    assert all((blocks is None) == (window == (-1, -1)) for window, blocks in seen)
+
+
+def test_misspelt_arguments_are_refused(pair):
+    with pytest.raises(
+        TypeError, match="generate: max_new_token must be an argument of generate or an input of Gemma4Unified"
+    ):
+        mtp.generate(pair[0], None, prompts(4), max_new_token=3)
+    for name in ("attention_masks", "past_key_values", "inputs_embeds"):
+        with pytest.raises(TypeError, match=f"generate: {name} must be"):
+            mtp.generate(
+                small_models.multimodal_model(), None, random_ids(1, 4), max_new_tokens=3, **{name: torch.ones(1)}
+            )
+
+
+def test_a_request_must_fit_into_a_pass(pair):
+    target = TransformersTarget(pair[0], max_rows=4)
+    assert mtp.generate(target, pair[1], prompts(4, 5), max_new_tokens=6, num_drafts=3).finish_reasons == ["length"] * 2
+    with pytest.raises(
+        ValueError, match="max_rows must be at least the 5 rows of a request, its drafts and one, got 4"
+    ):
+        mtp.generate(target, pair[1], prompts(4, 5), max_new_tokens=6, num_drafts=4)
+
+
+def test_passes_are_no_larger_than_asked_for(pair, monkeypatch):
+    target, sizes = TransformersTarget(pair[0], max_rows=6), []
+    monkeypatch.setattr(
+        target, "_forward", lambda tokens, *rest: sizes.append(tuple(tokens.shape)) or real(tokens, *rest)
+    )
+    real = TransformersTarget._forward.__get__(target)
+    asked = prompts(4, 9, 2, 6)
+    got = mtp.generate(target, pair[1], asked, max_new_tokens=6, num_drafts=2, adaptive=False)
+    assert got.tokens == mtp.generate(pair[0], None, asked, max_new_tokens=6).tokens
+    assert sizes[:4] == [(1, 4), (1, 9), (1, 2), (1, 6)]
+    assert all(batch * rows <= 6 for batch, rows in sizes[4:])
+
+
+def test_a_target_used_again_does_not_hold_two_caches(pair, monkeypatch):
+    target, alive = TransformersTarget(pair[0]), []
+    real = transformers_target.SpeculativeCache
+
+    def spy(*args, **kwargs):
+        assert target.cache is None
+        alive.append(real(*args, **kwargs))
+        return alive[-1]
+
+    monkeypatch.setattr(transformers_target, "SpeculativeCache", spy)
+    texts = [mtp.generate(target, pair[1], prompts(4, 9), max_new_tokens=4).tokens for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert len(alive) == 2
 
 
 def test_quantised_layers_are_used_as_they_are(pair):
