@@ -35,7 +35,7 @@ class DraftContext(NamedTuple):
 
 
 DraftFunction = Callable[[DraftContext], Tensor]
-"""Returns (A, K) integers, tokens of the target's vocabulary. If they are on the CPU, a negative number ends a request's drafts:
+"""Returns (A, K) integers, tokens of the target's vocabulary. On the CPU, a negative number among them ends a request's drafts:
 it has fewer of them then."""
 
 
