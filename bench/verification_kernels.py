@@ -100,7 +100,7 @@ READS = {
     ),
     "min_p": Reads("min_p alone", 1, 2, "1 if the sample of the row survives, else 2"),
     "top_p": Reads(
-        "top_p without top_k", 2, 2 + _TOP_P_READS, f"2 if the sample survives, or {tables.SCRATCH} tokens lie above it"
+        "top_p without top_k", 2, 2 + _TOP_P_READS, f"2 if the sample survives, or at most {tables.SCRATCH} tokens lie above it"
     ),
     "top_k": Reads(f"top_k above {tables.LONGEST_TOP_K}", 2, 2 + _TOP_K_READS, "as top_p"),
     "top_k and top_p": Reads(

@@ -235,7 +235,9 @@ def test_drafts_are_kept_while_they_are_the_samples():
     drafts[0, 1], drafts[2, 0], drafts[3, 2] = -1, 150, 2**40
     num_drafts = torch.tensor([3, 2, 1, 3, 0, 1], dtype=torch.int32)
     arguments = list(planned(logits, samples[:, :3], num_drafts, seeds=seeds, **settings))
-    arguments[1] = torch.where(torch.arange(3) < num_drafts[:, None], drafts, -(2**62))  # junk behind them
+    # Behind them stands junk, or what would have been right.
+    behind = torch.where(torch.arange(6)[:, None] % 2 == 1, samples[:, :3], -(2**62))
+    arguments[1] = torch.where(torch.arange(3) < num_drafts[:, None], drafts, behind)
     expected = eager.verify_drafts(*arguments)
     assert expected[1].tolist() == [1, 2, 0, 2, 0, 1]
     assert all(torch.equal(a, b) for a, b in zip(on_triton(arguments), expected, strict=True))
