@@ -180,6 +180,19 @@ def test_ties_at_the_last_place_of_top_k_all_stay():
         )
 
 
+def test_the_first_token_stays_where_it_ties_at_the_last_place():
+    """Longer than a list holds, then top-p: token 0 has the lowest place of all that tie."""
+    row = torch.full((300,), -20.0)
+    row[1:80] = 1.0 + torch.arange(79) / 100
+    row[[0, 200]] = 0.9
+    filters = {"top_k": 80, "top_p": 0.999, "temperature": 8.0}
+    with use_backend("eager"):
+        drawn = sample_tokens(row.expand(2000, 300), seeds=torch.arange(2000), positions=0, **filters)
+    seeds = (drawn == 0).nonzero().flatten()[:8]  # for which token 0 is the sample
+    assert len(seeds) == 8
+    assert_same(row.expand(8, 300), seeds=seeds, positions=0, **filters)
+
+
 @pytest.mark.parametrize("count", [4, 10])
 def test_top_p_at_a_boundary_drops_the_lowest_of_equal_tokens(count):
     """Multiples of 1/4 and 1/10 of equal tokens, over several tiles; each with its neighbours in fp32."""
