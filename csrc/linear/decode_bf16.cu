@@ -1,0 +1,9 @@
+#include "decode_instances.cuh"
+
+namespace gemma4::linear {
+
+std::string launch_bf16(const Parameters& parameters, int scale_dtype, int pieces, void* stream) {
+  return launch_type<Bf16>(parameters, scale_dtype, pieces, stream);
+}
+
+}  // namespace gemma4::linear
