@@ -39,7 +39,14 @@ int main() {
     for (int64_t column = 0; column < k; ++column) aligned(x)[row * k + column] = bf16(float(row + 1));
   }
   gemma4_linear_arguments arguments = {};
-  arguments.weight = {n, k, 32, aligned(codes), scales.data(), nullptr, GEMMA4_FP16, GEMMA4_CENTRED, 8};
+  arguments.weight.n = n;
+  arguments.weight.k = k;
+  arguments.weight.group_size = 32;
+  arguments.weight.codes = aligned(codes);
+  arguments.weight.scales = scales.data();
+  arguments.weight.scale_dtype = GEMMA4_FP16;
+  arguments.weight.values = GEMMA4_CENTRED;
+  arguments.weight.zero = 8;
   arguments.m = m;
   arguments.x = aligned(x);
   arguments.x_stride = k;

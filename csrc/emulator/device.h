@@ -22,8 +22,8 @@
 #define blockDim (::emulator::block_size())
 #define gridDim (::emulator::grid_size())
 
-struct alignas(8) uint2 {
-  uint32_t x, y;
+struct alignas(8) float2 {
+  float x, y;
 };
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;

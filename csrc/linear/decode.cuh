@@ -6,7 +6,7 @@
 //     codes    64 rows of 128 bytes                            16-byte chunk c of row r stands at chunk c ^ (r % 8)
 //     x        8 * TILES rows of 512 bytes                     chunk c of row m at chunk c ^ (4 * (m % 2))
 //     scales   64 rows of 8 floats, one for 32 columns         half h of row r at half h ^ (r / 4 % 2)
-//     zeros    the same, as the pair of 16-bit numbers to add  only with ZEROS
+//     shifts   the same: offsets, or for zero points the pairs of 16-bit numbers to add; only where there are any
 //
 // so that no ldmatrix and no 16-byte load meets a bank twice. Scales pass through registers and become fp32 on the way, in whatever
 // form a weight has them: the main loop knows one form.
@@ -14,97 +14,20 @@
 // The weight is the 16-row operand A of mma.m16n8k16, x the 8-column operand B. 32 columns of a weight's row are 4 words, 16 bytes;
 // ldmatrix gives word t to lane t of a row's four. Its codes are columns 8t to 8t + 7, and the mma's own column numbers are
 // given to them as they come: a sum has no order, if x comes in the same one, and 16 bytes of x from column 8t are just that.
-// Two mma make the product of 32 columns; their fp32 sum times the scale joins the accumulator, so codes are never rounded.
+// Two mma make the product of 32 columns; their fp32 sum times the scale joins the accumulator, so codes are never rounded. Offsets
+// are multiplied with the sum of x over the 32 columns, which the warps make for each other.
 //
 // A row of out depends on its own row of x: the columns of B do not meet. Pieces of K follow from the weight's shape and the device.
 #pragma once
 
-#include "../common/device.cuh"
+#include "scales.cuh"
 
 namespace gemma4::linear {
 
-using ptx::Bf16;
-using ptx::Fp16;
-
-constexpr int kWarps = 4;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kOutputs = 16 * kWarps;      // of a block
-constexpr int kColumns = 256;              // of a stage
-constexpr int kSlots = kColumns / 32;      // scales of a row in a stage
-constexpr int kCodeBytes = kColumns / 2;   // of a row in a stage
-constexpr int kRowBytes = kColumns * 2;    // of x
-constexpr int kTileRows = 8;               // rows of x that one mma takes
-
-struct Parameters {
-  const unsigned char* codes;    // (n, k / 2)
-  const void* scales;            // (n, groups)
-  const unsigned char* zeros;    // (n, groups), or null
-  const unsigned char* x;
-  void* out;
-  const void* bias;              // (n), or null
-  float* partial;                // (pieces, m, n) fp32, or null where there is one piece
-  int64_t x_stride;              // bytes
-  int64_t out_stride;            // elements
-  int n, k, m, groups;
-  int piece_stages;              // stages of a piece; the last may have fewer
-  uint32_t group_inverse;        // see `group_of`
-  uint32_t zero;                 // of the whole weight
-  int bias_dtype;                // gemma4_dtype
-};
-
-// What the two 16-bit types differ in. A code in the lowest bits of MAGIC is the number BASE + code, exactly.
-template <class Type>
-struct Numbers;
-template <>
-struct Numbers<Bf16> {
-  static constexpr uint32_t kMagic = 0x43004300;     // 128, whose last place counts ones
-  static constexpr uint32_t kMinusBase = 0xC3000000;  // -128; the same holds for its last place
-};
-template <>
-struct Numbers<Fp16> {
-  static constexpr uint32_t kMagic = 0x64006400;  // 1024
-  static constexpr uint32_t kMinusBase = 0xE4000000;
-};
-
-// The pair of numbers that takes base and zero point from a pair of codes with MAGIC: -(base + zero), twice.
-template <class Type>
-__device__ __forceinline__ uint32_t minus(uint32_t zero) {
-  return (Numbers<Type>::kMinusBase >> 16 | zero) * 0x10001u;
-}
-
-// How scales are stored.
-struct Fp16Scale {
-  using Raw = uint16_t;
-  static __device__ __forceinline__ float value(Raw raw) { return ptx::fp16_to_float(raw); }
-};
-struct Bf16Scale {
-  using Raw = uint16_t;
-  static __device__ __forceinline__ float value(Raw raw) { return __uint_as_float(uint32_t(raw) << 16); }
-};
-struct Fp32Scale {
-  using Raw = float;
-  static __device__ __forceinline__ float value(Raw raw) { return raw; }
-};
-
-template <int TILES, bool ZEROS>
-struct Stage {
-  static constexpr int kX = kOutputs * kCodeBytes;
-  static constexpr int kScales = kX + TILES * kTileRows * kRowBytes;
-  static constexpr int kZeros = kScales + kOutputs * kSlots * 4;
-  static constexpr int kBytes = kZeros + (ZEROS ? kOutputs * kSlots * 4 : 0);
-  // More stages than two of 16 rows would leave room for one block only on a multiprocessor of sm_86.
-  static constexpr int kStages = TILES == 1 ? 3 : 2;
-  static constexpr int kRingBytes = kBytes * kStages;
-};
-
-// The group of 32 columns `block`, for groups of 32 * d columns: block / d as a multiplication. inverse = ceil(2^31 / d) is exact for
-// block * d < 2^31, and the C interface lets k go to 2^20.
-__device__ __forceinline__ uint32_t group_of(uint32_t block, uint32_t inverse) { return __umulhi(2 * block, inverse); }
-
 // What a thread brings of a stage: chunks of codes and of x by cp.async, and four scales of one row through registers.
-template <class Type, class Scale, bool ZEROS, int TILES>
+template <class Type, class Scales, Values VALUES, int TILES>
 struct Loader {
-  using Layout = Stage<TILES, ZEROS>;
+  using Layout = Stage<TILES, VALUES>;
   static constexpr int kCodeChunks = kOutputs * kCodeBytes / 16 / kThreads;
   static constexpr int kXChunks = TILES * kTileRows * kRowBytes / 16 / kThreads;
   static constexpr int kCodeRows = kThreads / (kCodeBytes / 16);  // rows that all threads cover with one chunk each
@@ -119,19 +42,17 @@ struct Loader {
   int end;                    // of the piece: the column after its last
   int code_column, x_column;  // of the thread's chunks in the next stage
   int block;                  // of its scales, in blocks of 32 columns
-  const typename Scale::Raw* scales;
-  const unsigned char* zeros;
-  typename Scale::Raw raw[4];
-  uint32_t raw_zero[4];
+  Scales scales;
 
-  __device__ Loader(const Parameters& parameters, int first_output, int first_stage, int stages) : p(parameters) {
+  __device__ Loader(const Parameters& parameters, int first_output, int first_stage, int stages)
+      : p(parameters), scales(parameters, within(first_output + int(threadIdx.x) / 2, parameters.n)) {
     const int thread = threadIdx.x;
     end = (first_stage + stages) * kColumns < p.k ? (first_stage + stages) * kColumns : p.k;
     const int code_chunk = thread % (kCodeBytes / 16), code_row = thread / (kCodeBytes / 16);
     code_column = first_stage * kColumns + code_chunk * 32;
     code_target = code_row * kCodeBytes + (code_chunk ^ code_row % 8) * 16;
     for (int i = 0; i < kCodeChunks; ++i) {
-      codes[i] = p.codes + int64_t(row_within(first_output + code_row + i * kCodeRows)) * (p.k / 2) + code_column / 2;
+      codes[i] = p.codes + int64_t(within(first_output + code_row + i * kCodeRows, p.n)) * (p.k / 2) + code_column / 2;
     }
     const int x_chunk = thread % (kRowBytes / 16), x_row = thread / (kRowBytes / 16);
     x_column = first_stage * kColumns + x_chunk * 8;
@@ -144,13 +65,10 @@ struct Loader {
     const int scale_row = thread / 2, half = thread % 2;
     block = first_stage * kSlots + 4 * half;
     scale_target = Layout::kScales + scale_row * kSlots * 4 + (half ^ scale_row / 4 % 2) * 16;
-    const int64_t first_scale = int64_t(row_within(first_output + scale_row)) * p.groups;
-    scales = ptx::kept(static_cast<const typename Scale::Raw*>(p.scales) + first_scale);
-    if (ZEROS) zeros = ptx::kept(p.zeros + first_scale);
   }
 
   // Outputs beyond the last read its row; nobody stores what they come to.
-  __device__ __forceinline__ int row_within(int row) const { return row < p.n ? row : p.n - 1; }
+  static __device__ __forceinline__ int within(int row, int n) { return row < n ? row : n - 1; }
 
   // Begins the stage that is so many ahead. Columns beyond the piece, in its last stage and after it, become zeros and are not read.
   __device__ __forceinline__ void begin(unsigned char* stage, int ahead) {
@@ -164,14 +82,7 @@ struct Loader {
       const uint32_t bytes = x_column < end - ahead * kColumns ? x_bytes[i] : 0;
       ptx::copy_16(stage + x_target + i * kXRows * kRowBytes, x[i] + ahead * kRowBytes, bytes);
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int place = ahead * kSlots + i;
-      const bool present = block < end / 32 - place;
-      const uint32_t group = group_of(block + place, p.group_inverse);
-      raw[i] = present ? __ldg(scales + group) : typename Scale::Raw(0);
-      if (ZEROS) raw_zero[i] = present ? __ldg(zeros + group) : 0;
-    }
+    scales.load(p, block + ahead * kSlots, end / 32 - ahead * kSlots - block);
   }
 
   __device__ __forceinline__ void advance(int stages) {
@@ -187,10 +98,11 @@ struct Loader {
   // Puts the stage's scales to the rest of it: as late as may be, so that nobody waits for them.
   __device__ __forceinline__ void finish(unsigned char* stage) const {
     *reinterpret_cast<float4*>(stage + scale_target) =
-        make_float4(Scale::value(raw[0]), Scale::value(raw[1]), Scale::value(raw[2]), Scale::value(raw[3]));
-    if (ZEROS) {
-      *reinterpret_cast<uint4*>(stage + scale_target + Layout::kZeros - Layout::kScales) =
-          make_uint4(minus<Type>(raw_zero[0]), minus<Type>(raw_zero[1]), minus<Type>(raw_zero[2]), minus<Type>(raw_zero[3]));
+        make_float4(scales.scale(0), scales.scale(1), scales.scale(2), scales.scale(3));
+    if constexpr (VALUES != kCentred) {
+      *reinterpret_cast<uint4*>(stage + scale_target + Layout::kShifts - Layout::kScales) =
+          make_uint4(scales.template shift<Type>(0), scales.template shift<Type>(1), scales.template shift<Type>(2),
+                     scales.template shift<Type>(3));
     }
   }
 };
@@ -204,10 +116,33 @@ __device__ __forceinline__ void expand(uint32_t word, uint32_t minus_zero, uint3
   }
 }
 
+// Sums of x over the 32 columns of each slot, which offsets are multiplied with: products with ones. A warp makes those of two slots.
+template <class Type, int TILES>
+__device__ __forceinline__ void sum_columns(const unsigned char* stage, unsigned char* column_sums) {
+  using Layout = Stage<TILES, kOffsets>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  constexpr uint32_t ONES = Numbers<Type>::kOnes;
+#pragma unroll
+  for (int i = 0; i < kSlots / kWarps; ++i) {
+    const int slot = warp * (kSlots / kWarps) + i;
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      const unsigned char* columns = stage + Layout::kX + (tile * kTileRows + g) * kRowBytes + ((slot ^ g % 2) * 4 + t) * 16;
+      const uint4 b = *reinterpret_cast<const uint4*>(columns);
+      float sum[4] = {0, 0, 0, 0};
+      ptx::multiply<Type>(sum, {ONES, ONES, ONES, ONES}, {b.x, b.y}, sum);
+      ptx::multiply<Type>(sum, {ONES, ONES, ONES, ONES}, {b.z, b.w}, sum);
+      // All rows of the product are the same; the first has rows 2t and 2t + 1 of x in lane t.
+      if (g == 0) *reinterpret_cast<float2*>(column_sums + slot * Layout::kSumRow + (tile * kTileRows + 2 * t) * 4) = {sum[0], sum[1]};
+    }
+  }
+}
+
 // What a warp makes of a stage: its 16 outputs for all rows of x.
-template <class Type, bool ZEROS, int TILES>
-__device__ __forceinline__ void fold(const unsigned char* stage, uint32_t minus_zero, float (&sums)[TILES][4]) {
-  using Layout = Stage<TILES, ZEROS>;
+template <class Type, Values VALUES, int TILES>
+__device__ __forceinline__ void fold(const unsigned char* stage, const unsigned char* column_sums, uint32_t minus_zero,
+                                     float (&sums)[TILES][4]) {
+  using Layout = Stage<TILES, VALUES>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   // Lane l names row l % 8 of matrix l / 8: the rows from 0, from 8, then the same of the next 16 bytes.
   const int matrix_row = warp * 16 + lane % 16;
@@ -222,12 +157,12 @@ __device__ __forceinline__ void fold(const unsigned char* stage, uint32_t minus_
     float upper_scale[4], lower_scale[4];
     *reinterpret_cast<float4*>(upper_scale) = *reinterpret_cast<const float4*>(scales + offset);
     *reinterpret_cast<float4*>(lower_scale) = *reinterpret_cast<const float4*>(scales + offset + 8 * kSlots * 4);
-    uint32_t upper_zero[4] = {minus_zero, minus_zero, minus_zero, minus_zero};
-    uint32_t lower_zero[4] = {minus_zero, minus_zero, minus_zero, minus_zero};
-    if (ZEROS) {
-      const unsigned char* zeros = scales + (Layout::kZeros - Layout::kScales) + offset;
-      *reinterpret_cast<uint4*>(upper_zero) = *reinterpret_cast<const uint4*>(zeros);
-      *reinterpret_cast<uint4*>(lower_zero) = *reinterpret_cast<const uint4*>(zeros + 8 * kSlots * 4);
+    uint32_t upper_shift[4] = {minus_zero, minus_zero, minus_zero, minus_zero};
+    uint32_t lower_shift[4] = {minus_zero, minus_zero, minus_zero, minus_zero};
+    if constexpr (VALUES != kCentred) {
+      const unsigned char* shifts = scales + (Layout::kShifts - Layout::kScales) + offset;
+      *reinterpret_cast<uint4*>(upper_shift) = *reinterpret_cast<const uint4*>(shifts);
+      *reinterpret_cast<uint4*>(lower_shift) = *reinterpret_cast<const uint4*>(shifts + 8 * kSlots * 4);
     }
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
@@ -237,8 +172,8 @@ __device__ __forceinline__ void fold(const unsigned char* stage, uint32_t minus_
       for (int which = 0; which < 2; ++which) {
         const int slot = 2 * pair + which;
         uint32_t upper[4], lower[4];
-        expand<Type>(words[2 * which], upper_zero[slot], upper);
-        expand<Type>(words[2 * which + 1], lower_zero[slot], lower);
+        expand<Type>(words[2 * which], VALUES == kOffsets ? minus_zero : upper_shift[slot], upper);
+        expand<Type>(words[2 * which + 1], VALUES == kOffsets ? minus_zero : lower_shift[slot], lower);
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
           const unsigned char* columns = x + tile * kTileRows * kRowBytes + (4 * half + 2 * pair) * 64 + (which ^ swapped) * 64;
@@ -250,6 +185,14 @@ __device__ __forceinline__ void fold(const unsigned char* stage, uint32_t minus_
           sums[tile][1] = fmaf(upper_scale[slot], product[1], sums[tile][1]);
           sums[tile][2] = fmaf(lower_scale[slot], product[2], sums[tile][2]);
           sums[tile][3] = fmaf(lower_scale[slot], product[3], sums[tile][3]);
+          if constexpr (VALUES == kOffsets) {
+            const int place = (4 * half + slot) * Layout::kSumRow + (tile * kTileRows + 2 * t) * 4;
+            const float2 sum = *reinterpret_cast<const float2*>(column_sums + place);
+            sums[tile][0] = fmaf(__uint_as_float(upper_shift[slot]), sum.x, sums[tile][0]);
+            sums[tile][1] = fmaf(__uint_as_float(upper_shift[slot]), sum.y, sums[tile][1]);
+            sums[tile][2] = fmaf(__uint_as_float(lower_shift[slot]), sum.x, sums[tile][2]);
+            sums[tile][3] = fmaf(__uint_as_float(lower_shift[slot]), sum.y, sums[tile][3]);
+          }
         }
       }
     }
@@ -277,20 +220,21 @@ __device__ __forceinline__ void store(const Parameters& p, int piece, int row, i
   }
 }
 
-template <class Type, class Scale, bool ZEROS, int TILES>
-__global__ void __launch_bounds__(kThreads) decode_kernel(const Parameters p) {
-  constexpr int STAGES = Stage<TILES, ZEROS>::kStages, BYTES = Stage<TILES, ZEROS>::kBytes;
+template <class Type, class Scales, Values VALUES, int TILES>
+__global__ void __launch_bounds__(kThreads, 2) decode_kernel(const Parameters p) {
+  constexpr int STAGES = Stage<TILES, VALUES>::kStages, BYTES = Stage<TILES, VALUES>::kBytes;
   GEMMA4_SHARED(ring);
   const int first_output = blockIdx.x * kOutputs, piece = blockIdx.y;
   const int first_stage = piece * p.piece_stages;
   const int all_stages = (p.k + kColumns - 1) / kColumns;
   const int stages = p.piece_stages < all_stages - first_stage ? p.piece_stages : all_stages - first_stage;
-  Loader<Type, Scale, ZEROS, TILES> loader(p, first_output, first_stage, stages);
+  Loader<Type, Scales, VALUES, TILES> loader(p, first_output, first_stage, stages);
   for (int stage = 0; stage < STAGES - 1; ++stage) {
     loader.begin(ring + stage * BYTES, stage);
     loader.finish(ring + stage * BYTES);
     ptx::commit();
   }
+  unsigned char* column_sums = ring + STAGES * BYTES;
   const uint32_t minus_zero = minus<Type>(p.zero);
   float sums[TILES][4] = {};
   // A pass of the loop is a round of the ring, so that slots are known to the compiler.
@@ -303,7 +247,11 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const Parameters p) {
       unsigned char* filling = ring + (slot + STAGES - 1) % STAGES * BYTES;
       loader.begin(filling, slot + STAGES - 1);
       ptx::commit();
-      fold<Type, ZEROS, TILES>(ring + slot * BYTES, minus_zero, sums);
+      if constexpr (VALUES == kOffsets) {
+        sum_columns<Type, TILES>(ring + slot * BYTES, column_sums);
+        __syncthreads();
+      }
+      fold<Type, VALUES, TILES>(ring + slot * BYTES, column_sums, minus_zero, sums);
       loader.finish(filling);
     }
     loader.advance(STAGES);

@@ -7,9 +7,20 @@
 
 namespace gemma4::linear {
 
-// Launches the kernel for one dtype of x. scale_dtype is a gemma4_dtype, pieces the number of blocks along K.
-std::string launch_bf16(const Parameters& parameters, int scale_dtype, int pieces, void* stream);
-std::string launch_fp16(const Parameters& parameters, int scale_dtype, int pieces, void* stream);
+// How a weight's values and scales are stored, which chooses the kernel.
+struct Kind {
+  int values;       // gemma4_values
+  int scales;       // gemma4_scales
+  int scale_dtype;  // gemma4_dtype
+};
+
+// Launches the kernel for one dtype of x; pieces is the number of blocks along K.
+std::string launch_bf16(const Parameters& parameters, Kind kind, int pieces, void* stream);
+std::string launch_fp16(const Parameters& parameters, Kind kind, int pieces, void* stream);
+
+// The same for values with offsets, in files of their own.
+std::string launch_offsets_bf16(const Parameters& parameters, Kind kind, int pieces, void* stream);
+std::string launch_offsets_fp16(const Parameters& parameters, Kind kind, int pieces, void* stream);
 
 // Adds the pieces in their order.
 std::string launch_add_pieces(const Parameters& parameters, bool is_bf16, int pieces, void* stream);

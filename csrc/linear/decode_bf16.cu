@@ -2,8 +2,8 @@
 
 namespace gemma4::linear {
 
-std::string launch_bf16(const Parameters& parameters, int scale_dtype, int pieces, void* stream) {
-  return launch_type<Bf16>(parameters, scale_dtype, pieces, stream);
+std::string launch_bf16(const Parameters& parameters, Kind kind, int pieces, void* stream) {
+  return launch_subtracting<Bf16>(parameters, kind, pieces, stream);
 }
 
 }  // namespace gemma4::linear

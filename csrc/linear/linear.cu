@@ -31,6 +31,20 @@ gemma4_status check_pointer(const char* name, const void* pointer, uintptr_t ali
   return GEMMA4_OK;
 }
 
+gemma4_status check_scale_kind(const gemma4_weight& w) {
+  if (w.scale_kind != GEMMA4_SCALES_PLAIN && w.scale_kind != GEMMA4_SCALES_SIX_BIT) {
+    return fail(GEMMA4_UNSUPPORTED, "gemma4_linear: scale_kind " + number(w.scale_kind) + " has no kernel in this version");
+  }
+  const bool six_bit = w.scale_kind == GEMMA4_SCALES_SIX_BIT;
+  if (six_bit != (w.group_scales != nullptr)) return invalid("group_scales must be there for six-bit scales, else null");
+  if (!six_bit) return GEMMA4_OK;
+  if (!is_aligned(w.group_scales, 4)) return invalid("group_scales must be a multiple of 4 bytes");
+  if (w.k % kColumns != 0 || w.group_size != 32 || w.scale_dtype != GEMMA4_FP16 || w.values != GEMMA4_OFFSETS) {
+    return invalid("six-bit scales go with groups of 32, k a multiple of 256, fp16 and GEMMA4_OFFSETS");
+  }
+  return GEMMA4_OK;
+}
+
 gemma4_status check_weight(const gemma4_weight& w) {
   if (w.n < 1 || w.n > kMostOutputs) return invalid("n must lie in [1, " + number(kMostOutputs) + "], got " + number(w.n));
   if (w.k < 32 || w.k % 32 != 0 || w.k > kMostColumns) {
@@ -40,15 +54,16 @@ gemma4_status check_weight(const gemma4_weight& w) {
     return invalid("group_size must be a multiple of 32 that divides k = " + number(w.k) + ", got " + number(w.group_size));
   }
   if (!is_dtype(w.scale_dtype)) return invalid("scale_dtype " + number(w.scale_dtype) + " is no gemma4_dtype");
-  if (w.values != GEMMA4_CENTRED && w.values != GEMMA4_ZEROS) {
+  if (w.values != GEMMA4_CENTRED && w.values != GEMMA4_ZEROS && w.values != GEMMA4_OFFSETS) {
     return fail(GEMMA4_UNSUPPORTED, "gemma4_linear: values " + number(w.values) + " has no kernel in this version");
   }
   if (auto status = check_pointer("codes", w.codes, 16)) return status;
   if (auto status = check_pointer("scales", w.scales, w.scale_dtype == GEMMA4_FP32 ? 4 : 2)) return status;
-  if (w.values == GEMMA4_ZEROS && w.zeros == nullptr) return invalid("zeros is null, which GEMMA4_ZEROS needs");
-  if (w.values == GEMMA4_CENTRED && w.zeros != nullptr) return invalid("zeros must be null for GEMMA4_CENTRED");
+  if ((w.values == GEMMA4_ZEROS) != (w.zeros != nullptr)) return invalid("zeros must be there for GEMMA4_ZEROS, else null");
+  if ((w.values == GEMMA4_OFFSETS) != (w.offsets != nullptr)) return invalid("offsets must be there for GEMMA4_OFFSETS, else null");
+  if (!is_aligned(w.offsets, w.scale_dtype == GEMMA4_FP32 ? 4 : 2)) return invalid("offsets is not aligned to its elements");
   if (w.values == GEMMA4_CENTRED && (w.zero < 0 || w.zero > 16)) return invalid("zero must lie in [0, 16], got " + number(w.zero));
-  return GEMMA4_OK;
+  return check_scale_kind(w);
 }
 
 gemma4_status check_sizes(const gemma4_linear_arguments* arguments) {
@@ -117,7 +132,8 @@ gemma4_status run(const gemma4_linear_arguments& a, void* workspace, size_t work
   Parameters p{};
   p.codes = static_cast<const unsigned char*>(w.codes);
   p.scales = w.scales;
-  p.zeros = static_cast<const unsigned char*>(w.zeros);
+  p.shifts = w.values == GEMMA4_OFFSETS ? w.offsets : w.zeros;
+  p.group_scales = static_cast<const uint32_t*>(w.group_scales);
   p.x = static_cast<const unsigned char*>(a.x);
   p.out = a.out;
   p.bias = a.bias;
@@ -131,10 +147,12 @@ gemma4_status run(const gemma4_linear_arguments& a, void* workspace, size_t work
   p.piece_stages = stages;
   const auto blocks_of_group = uint32_t(w.group_size / 32);
   p.group_inverse = ((1u << 31) + blocks_of_group - 1) / blocks_of_group;
-  p.zero = uint32_t(w.zero);
+  p.zero = w.values == GEMMA4_CENTRED ? uint32_t(w.zero) : 0;
   p.bias_dtype = a.bias_dtype;
   const bool is_bf16 = a.dtype == GEMMA4_BF16;
-  auto problem = (is_bf16 ? launch_bf16 : launch_fp16)(p, w.scale_dtype, pieces, stream);
+  const auto subtracting = is_bf16 ? launch_bf16 : launch_fp16, offsets = is_bf16 ? launch_offsets_bf16 : launch_offsets_fp16;
+  const Kind kind{w.values, w.scale_kind, w.scale_dtype};
+  auto problem = (w.values == GEMMA4_OFFSETS ? offsets : subtracting)(p, kind, pieces, stream);
   if (problem.empty() && pieces > 1) problem = launch_add_pieces(p, is_bf16, pieces, stream);
   return problem.empty() ? GEMMA4_OK : cuda_error(problem);
 }

@@ -14,8 +14,9 @@ from gemma4_kernels.cuda_common import support
 from gemma4_kernels.linear.schemes import SCHEMES
 from gemma4_kernels.linear.weight import QuantizedWeight
 
-# gemma4_values, by the `values` of a layout.
-_VALUES = {"centred": 0, "zeros": 1}
+# gemma4_values and gemma4_scales, by what a layout calls them.
+_VALUES = {"centred": 0, "zeros": 1, "offsets": 2}
+_SCALES = {"plain": 0, "six_bit": 1}
 _ALIGNMENT = 16  # bytes: the copies of a kernel
 
 # (scheme, reason): what the kernels read. Everything else is Triton's.
@@ -25,6 +26,9 @@ SERVED = {
     "W4A16_ASYM": "zero points leave the code in the same addition that takes its base away",
     "GPTQ": "as W4A16_ASYM; columns in another order are gathered from x first",
     "AWQ": "as W4A16_ASYM",
+    "Q4_1": "offsets are multiplied with sums of x, which the warps of a block make for each other",
+    "MLX": "as Q4_1, with groups of 32, 64 or 128",
+    "Q4_K": "as Q4_1; six-bit scales become fp32 on their way to shared memory",
 }
 MOST_ROWS = 16  # two tiles of 8; from there on Triton's tiles make a weight once for more rows than these kernels
 
@@ -57,10 +61,11 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) ->
     module = support.module_for(x.device)
     arguments = module.LinearArguments(
         x=x.data_ptr(), x_stride=x.stride(0) if x.shape[0] > 1 else K, out=out.data_ptr(), out_stride=N, m=x.shape[0],
-        dtype=support.DTYPE_CODES[x.dtype], bias=0 if bias is None else bias.data_ptr(),
+        dtype=support.DTYPE_CODES[x.dtype], bias=_address(bias),
         bias_dtype=0 if bias is None else support.DTYPE_CODES[bias.dtype], n=N, k=K, group_size=weight.group_size,
         codes=codes.data_ptr(), scales=weight.scales.data_ptr(), scale_dtype=support.DTYPE_CODES[weight.scales.dtype],
-        zeros=0 if weight.zeros is None else weight.zeros.data_ptr(), values=_VALUES[layout.values], zero=layout.zero,
+        zeros=_address(weight.zeros), offsets=_address(weight.offsets), group_scales=_address(weight.group_scales),
+        values=_VALUES[layout.values], scale_kind=_SCALES[layout.scales], zero=layout.zero,
     )  # fmt: skip
     on_gpu = x.device.type == "cuda"
     with torch.cuda.device(x.device if on_gpu else -1):
@@ -69,6 +74,10 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) ->
         stream = torch.cuda.current_stream(x.device).cuda_stream if on_gpu else 0
         module.linear(arguments, workspace.data_ptr(), nbytes, stream)
     return out
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _aligned_rows(x: Tensor) -> Tensor:

@@ -23,8 +23,11 @@ namespace {
 struct Shape {
   int64_t n, k, group, m;
   int dtype, scale_dtype;
-  bool zeros, bias;
+  int values;
+  bool bias;
   int64_t x_padding, out_padding;  // elements between rows
+  bool six_bit = false;
+  int64_t scale_columns() const { return six_bit ? 256 : group; }
 };
 
 // A heap block with its first byte at a multiple of 16.
@@ -72,24 +75,37 @@ int64_t bytes_of(int dtype) { return dtype == GEMMA4_FP32 ? 4 : 2; }
 
 struct Call {
   Shape shape;
-  Block codes, scales, zeros, x, out, bias;
+  Block codes, scales, zeros, offsets, group_scales, x, out, bias;
   gemma4_linear_arguments arguments{};
 
   Call(const Shape& s, unsigned seed)
-      : shape(s), codes(s.n * s.k / 2), scales(s.n * (s.k / s.group) * bytes_of(s.scale_dtype)), zeros(s.n * (s.k / s.group)),
-        x(2 * ((s.m - 1) * (s.k + s.x_padding) + s.k)), out(2 * ((s.m - 1) * (s.n + s.out_padding) + s.n)), bias(s.n * 4) {
+      : shape(s), codes(s.n * s.k / 2), scales(s.n * (s.k / s.scale_columns()) * bytes_of(s.scale_dtype)), zeros(s.n * (s.k / s.group)),
+        offsets(scales.size), group_scales(s.six_bit ? s.n * (s.k / 256) * 12 : 0), x(2 * ((s.m - 1) * (s.k + s.x_padding) + s.k)), out(2 * ((s.m - 1) * (s.n + s.out_padding) + s.n)), bias(s.n * 4) {
     std::mt19937 random(seed);
     std::normal_distribution<float> normal;
     for (size_t i = 0; i < codes.size; ++i) codes.data[i] = uint8_t(random());
-    for (int64_t i = 0; i < s.n * (s.k / s.group); ++i) {
+    for (size_t i = 0; i < group_scales.size; ++i) group_scales.data[i] = uint8_t(random());
+    for (size_t i = 0; i < zeros.size; ++i) zeros.data[i] = uint8_t(random() % 17);
+    for (int64_t i = 0; i < s.n * (s.k / s.scale_columns()); ++i) {
       put(scales, i, 0.05f * normal(random), s.scale_dtype);
-      zeros.data[i] = uint8_t(random() % 17);
+      put(offsets, i, 0.2f * normal(random), s.scale_dtype);
     }
     for (int64_t i = 0; i < int64_t(x.size) / 2; ++i) put(x, i, normal(random), s.dtype);
     for (int64_t i = 0; i < s.n; ++i) put(bias, i, normal(random), GEMMA4_FP32);
     std::memset(out.data, 0xFF, out.size);
-    arguments.weight = {s.n, s.k, s.group, codes.data, scales.data, s.zeros ? zeros.data : nullptr, s.scale_dtype,
-                        s.zeros ? GEMMA4_ZEROS : GEMMA4_CENTRED, s.zeros ? 0 : 8};
+    gemma4_weight& w = arguments.weight;
+    w.n = s.n;
+    w.k = s.k;
+    w.group_size = s.group;
+    w.codes = codes.data;
+    w.scales = scales.data;
+    w.zeros = s.values == GEMMA4_ZEROS ? zeros.data : nullptr;
+    w.offsets = s.values == GEMMA4_OFFSETS ? offsets.data : nullptr;
+    w.group_scales = s.six_bit ? group_scales.data : nullptr;
+    w.scale_kind = s.six_bit ? GEMMA4_SCALES_SIX_BIT : GEMMA4_SCALES_PLAIN;
+    w.scale_dtype = s.scale_dtype;
+    w.values = s.values;
+    w.zero = s.values == GEMMA4_CENTRED ? 8 : 0;
     arguments.m = s.m;
     arguments.x_stride = s.k + s.x_padding;
     arguments.out_stride = s.n + s.out_padding;
@@ -115,6 +131,24 @@ struct Call {
     return word >> (16 * (i % 2) + 4 * (i / 2)) & 15;
   }
 
+  // Code of a six-bit scale (0) or offset (1).
+  int six_bits(int64_t row, int64_t column, int which) const {
+    uint32_t words[3];
+    std::memcpy(words, group_scales.data + (row * (shape.k / 256) + column / 256) * 12, 12);
+    const int j = column / 32 % 8;
+    return int(words[which] >> 4 * j & 15) + 16 * int(words[2] >> (16 * which + 2 * j) & 3);
+  }
+
+  double group_scale(int64_t row, int64_t column) const {
+    const double stored = get(scales, row * (shape.k / shape.scale_columns()) + column / shape.scale_columns(), shape.scale_dtype);
+    return shape.six_bit ? stored * six_bits(row, column, 0) : stored;
+  }
+
+  double group_offset(int64_t row, int64_t column) const {
+    const double stored = get(offsets, row * (shape.k / shape.scale_columns()) + column / shape.scale_columns(), shape.scale_dtype);
+    return shape.six_bit ? -stored * six_bits(row, column, 1) : stored;
+  }
+
   // Largest error over what is allowed: fp32 sums of exact products, in any order, and one rounding.
   double worst() const {
     const double last_place = shape.dtype == GEMMA4_BF16 ? 1.0 / 256 : 1.0 / 2048;
@@ -124,11 +158,12 @@ struct Call {
         double sum = shape.bias ? get(bias, output, GEMMA4_FP32) : 0, size = std::fabs(sum);
         for (int64_t column = 0; column < shape.k; ++column) {
           const int64_t group = output * (shape.k / shape.group) + column / shape.group;
-          const int zero = shape.zeros ? zeros.data[group] : 8;
-          const double product = double(get(scales, group, shape.scale_dtype)) * (code(output, column) - zero) *
-                                 get(x, row * (shape.k + shape.x_padding) + column, shape.dtype);
-          sum += product;
-          size += std::fabs(product);
+          const int zero = shape.values == GEMMA4_CENTRED ? 8 : shape.values == GEMMA4_ZEROS ? zeros.data[group] : 0;
+          const double offset = shape.values == GEMMA4_OFFSETS ? group_offset(output, column) : 0;
+          const double scaled = group_scale(output, column) * (code(output, column) - zero);
+          const double factor = get(x, row * (shape.k + shape.x_padding) + column, shape.dtype);
+          sum += (scaled + offset) * factor;
+          size += (std::fabs(scaled) + std::fabs(offset)) * std::fabs(factor);
         }
         const double got = get(out, row * (shape.n + shape.out_padding) + output, shape.dtype);
         const double error = std::fabs(got - sum) / (last_place * std::fabs(sum) + 1e-6 * size + 1e-7);
@@ -156,15 +191,18 @@ struct Call {
 
 int check_shapes() {
   const Shape shapes[] = {
-      {70, 160, 32, 1, GEMMA4_BF16, GEMMA4_FP16, false, false, 0, 0},
-      {65, 288, 32, 5, GEMMA4_BF16, GEMMA4_FP16, false, true, 8, 3},
-      {1, 32, 32, 16, GEMMA4_FP16, GEMMA4_FP16, false, false, 0, 0},
-      {64, 768, 64, 8, GEMMA4_BF16, GEMMA4_BF16, false, false, 16, 0},
-      {40, 2080, 32, 9, GEMMA4_BF16, GEMMA4_FP16, false, true, 0, 1},
-      {33, 2304, 96, 16, GEMMA4_FP16, GEMMA4_FP32, false, true, 24, 5},
-      {66, 1024, 128, 3, GEMMA4_BF16, GEMMA4_FP16, true, false, 0, 0},
-      {130, 416, 416, 11, GEMMA4_FP16, GEMMA4_BF16, true, true, 0, 2},
-      {17, 4512, 32, 13, GEMMA4_BF16, GEMMA4_FP32, true, false, 0, 0},
+      {70, 160, 32, 1, GEMMA4_BF16, GEMMA4_FP16, GEMMA4_CENTRED, false, 0, 0},
+      {65, 288, 32, 5, GEMMA4_BF16, GEMMA4_FP16, GEMMA4_CENTRED, true, 8, 3},
+      {1, 32, 32, 16, GEMMA4_FP16, GEMMA4_FP16, GEMMA4_CENTRED, false, 0, 0},
+      {64, 768, 64, 8, GEMMA4_BF16, GEMMA4_BF16, GEMMA4_CENTRED, false, 16, 0},
+      {40, 2080, 32, 9, GEMMA4_BF16, GEMMA4_FP16, GEMMA4_CENTRED, true, 0, 1},
+      {33, 2304, 96, 16, GEMMA4_FP16, GEMMA4_FP32, GEMMA4_CENTRED, true, 24, 5},
+      {66, 1024, 128, 3, GEMMA4_BF16, GEMMA4_FP16, GEMMA4_ZEROS, false, 0, 0},
+      {130, 416, 416, 11, GEMMA4_FP16, GEMMA4_BF16, GEMMA4_ZEROS, true, 0, 2},
+      {17, 4512, 32, 13, GEMMA4_BF16, GEMMA4_FP32, GEMMA4_ZEROS, false, 0, 0},
+      {70, 288, 32, 4, GEMMA4_BF16, GEMMA4_FP16, GEMMA4_OFFSETS, true, 8, 1},
+      {65, 2368, 64, 12, GEMMA4_FP16, GEMMA4_BF16, GEMMA4_OFFSETS, false, 0, 0},
+      {70, 2560, 32, 9, GEMMA4_BF16, GEMMA4_FP16, GEMMA4_OFFSETS, true, 0, 0, true},
   };
   unsigned seed = 0;
   for (const Shape& shape : shapes) {
@@ -178,8 +216,8 @@ int check_shapes() {
   return 0;
 }
 
-// One field of a good call changed to something that may be wrong.
-void spoil(gemma4_linear_arguments& a, std::mt19937& random) {
+// One field of a good call made wrong; each only once, because a pointer that is moved twice may be right again.
+void spoil(gemma4_linear_arguments& a, unsigned& spoiled, std::mt19937& random) {
   const int64_t sizes[] = {INT64_MIN, -1, 0, 1, 7, 31, 32, 33, 64, 96, int64_t(1) << 20, int64_t(1) << 31, int64_t(1) << 40, INT64_MAX};
   const int64_t size = sizes[random() % std::size(sizes)];
   auto moved = [&](const void* pointer) -> const void* {
@@ -188,21 +226,27 @@ void spoil(gemma4_linear_arguments& a, std::mt19937& random) {
   };
   const int kinds[] = {-1, 3, 7, INT32_MAX, INT32_MIN};
   const int kind = kinds[random() % std::size(kinds)];
-  switch (random() % 15) {
+  const unsigned field = random() % 18;
+  if (spoiled >> field & 1) return;
+  spoiled |= 1u << field;
+  switch (field) {
     case 0: a.weight.n = size > 0 && size < 1000 ? -size : size; break;
     case 1: a.weight.k = size > 0 && size < 1000 ? size * 32 + 1 : size; break;
     case 2: a.weight.group_size = size > 0 && size < 1000 ? -size : size; break;
     case 3: a.weight.codes = moved(a.weight.codes); break;
     case 4: a.weight.scales = random() % 2 ? nullptr : static_cast<const unsigned char*>(a.weight.scales) + 1; break;
-    case 5: a.weight.zeros = a.weight.values == GEMMA4_CENTRED ? a.weight.codes : nullptr; break;
+    case 5: a.weight.zeros = a.weight.values == GEMMA4_ZEROS ? nullptr : a.weight.codes; break;
     case 6: a.weight.scale_dtype = kind; break;
     case 7: a.weight.values = kind; break;
-    case 8: a.weight.values = GEMMA4_CENTRED; a.weight.zeros = nullptr; a.weight.zero = random() % 2 ? 17 : -1; break;
+    case 8: a.weight.values = GEMMA4_CENTRED; a.weight.zeros = a.weight.offsets = nullptr; a.weight.zero = random() % 2 ? 17 : -1; break;
     case 9: a.m = size >= 0 && size <= 16 ? 17 : size; break;
     case 10: a.x_stride = size > 0 && size <= int64_t(1) << 40 ? size * 8 + 1 : size; break;
     case 11: a.out_stride = size >= a.weight.n ? INT64_MAX : size; break;
     case 12: a.x = moved(a.x); break;
     case 13: a.out = random() % 2 ? nullptr : static_cast<unsigned char*>(a.out) + 1; break;
+    case 14: a.weight.offsets = a.weight.values == GEMMA4_OFFSETS ? nullptr : a.weight.codes; break;
+    case 15: a.weight.group_scales = a.weight.codes; a.weight.scale_kind = GEMMA4_SCALES_PLAIN; break;
+    case 16: a.weight.group_scales = nullptr; a.weight.scale_kind = random() % 2 ? kind : GEMMA4_SCALES_SIX_BIT; break;
     default: a.dtype = random() % 2 ? kind : GEMMA4_FP32; break;
   }
 }
@@ -210,9 +254,8 @@ void spoil(gemma4_linear_arguments& a, std::mt19937& random) {
 int fuzz(int count) {
   std::mt19937 random(7);
   for (int i = 0; i < count; ++i) {
-    const bool zeros = random() % 2;
     Call call({int64_t(64 + random() % 8), int64_t(32 * (1 + random() % 80)), 32, int64_t(1 + random() % 16), int(random() % 2),
-               int(random() % 3), zeros, bool(random() % 2), 0, 0},
+               int(random() % 3), int(random() % 3), bool(random() % 2), 0, 0, false},
               unsigned(i));
     size_t wanted = 0;
     if (gemma4_linear_workspace(&call.arguments, &wanted) != GEMMA4_OK) return 1;
@@ -227,7 +270,8 @@ int fuzz(int count) {
     } else {
       const int faults = 1 + int(random() % 3);
       const gemma4_linear_arguments before = call.arguments;
-      for (int fault = 0; fault < faults; ++fault) spoil(call.arguments, random);
+      unsigned spoiled = 0;
+      for (int fault = 0; fault < faults; ++fault) spoil(call.arguments, spoiled, random);
       Block workspace(wanted);
       status = gemma4_linear(&call.arguments, workspace.data, wanted, nullptr);
       if (status == GEMMA4_OK && std::memcmp(&before, &call.arguments, sizeof before) != 0) {

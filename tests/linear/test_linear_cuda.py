@@ -52,18 +52,30 @@ def assert_linear(x, weight, bias=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scheme", cuda.SERVED)
 def test_every_scheme_and_number_of_rows_keeps_the_error_rule(scheme, dtype, rows):
-    weight = random_weight(scheme, (70, 416))
+    columns = 768 if SCHEMES[scheme].scales == "six_bit" else 416
+    weight = random_weight(scheme, (70, columns))
     bias = drawn(70, dtype=(torch.float32, *DTYPES)[rows % 3], seed=2) if rows % 2 else None
-    assert_linear(drawn(rows, 416, dtype=dtype), weight, bias)
+    assert_linear(drawn(rows, columns, dtype=dtype), weight, bias)
 
 
 @needs_emulator
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("group", [32, 64, 96, 128, 384])
-@pytest.mark.parametrize("scheme", ["W4A16", "AWQ"])
+@pytest.mark.parametrize(
+    ("scheme", "group"),
+    [
+        *(("W4A16", group) for group in (32, 64, 96, 128, 384)),
+        *(("AWQ", group) for group in (32, 96, 128)),
+        ("MLX", 32),
+        ("MLX", 64),
+        ("MLX", 128),
+    ],
+)
 def test_groups_and_scales_of_every_kind(scheme, group, scale_dtype):
     weight = random_weight(scheme, (33, 1152), group)
-    assert_linear(drawn(3, 1152), replace(weight, scales=weight.scales.to(scale_dtype)))
+    changed = {
+        name: getattr(weight, name).to(scale_dtype) for name in ("scales", "offsets") if name in weight.tensors()
+    }
+    assert_linear(drawn(3, 1152), replace(weight, **changed))
 
 
 @needs_emulator
@@ -109,7 +121,9 @@ def test_special_numbers_stay_in_their_row():
 
 @needs_emulator
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("scheme", "shape"), [("Q4_0", (70, 4512)), ("W4A16", (200, 640)), ("AWQ", (33, 2304))])
+@pytest.mark.parametrize(
+    ("scheme", "shape"), [("Q4_0", (70, 4512)), ("W4A16", (200, 640)), ("AWQ", (33, 2304)), ("Q4_K", (40, 2048))]
+)
 def test_a_row_keeps_its_bits_among_others(scheme, shape, dtype):
     weight, x = random_weight(scheme, shape), drawn(16, shape[1], dtype=dtype)
     together = quantized_linear(x, weight)
@@ -147,7 +161,7 @@ def test_a_case_keeps_the_error_rule(case):
 @pytest.mark.parametrize(
     ("reason", "scheme", "group", "rows", "dtype"),
     [
-        ("reads Q4_0, W4A16, W4A16_ASYM, GPTQ, AWQ, not Q6_K", "Q6_K", 16, 1, torch.bfloat16),
+        ("reads Q4_0, W4A16, .*, not Q6_K", "Q6_K", 16, 1, torch.bfloat16),
         ("multiple of 32 columns, the weight has 16", "W4A16", 16, 1, torch.bfloat16),
         ("goes to 16 rows", "Q4_0", 32, 17, torch.bfloat16),
         ("takes bfloat16, float16, not float32", "Q4_0", 32, 1, torch.float32),

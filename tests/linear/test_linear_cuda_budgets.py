@@ -18,7 +18,10 @@ if _found is None or _found.origin is None:
 if sass.cuobjdump() is None:
     pytest.skip("cuobjdump is not installed", allow_module_level=True)
 MODULE = Path(_found.origin)
-_KERNEL = re.compile(r"decode_kernelINS_3ptx4(Bf16|Fp16)ENS0_9(Fp16|Bf16|Fp32)ScaleELb([01])ELi([12])E")
+_KERNEL = re.compile(
+    r"decode_kernelINS_3ptx4(?P<x>Bf16|Fp16)E.*?\d(?P<scales>Fp16|Bf16|Fp32|SixBit)Scales?E.*?ValuesE(?P<values>[012])E.*?Li(?P<tiles>[12])EEEv"
+)
+VALUES = ("centred", "zeros", "offsets")
 STAGE_BYTES = 64 * 128  # of codes
 WARPS = 4
 
@@ -26,7 +29,7 @@ WARPS = 4
 class Kernel(NamedTuple):
     x: str
     scales: str
-    has_zeros: bool
+    values: str
     tiles: int
     """Of 8 rows of x."""
 
@@ -48,23 +51,26 @@ def readings(request, tmp_path_factory) -> dict[Kernel, static.Reading]:
             assert reading.stack_bytes == 0, reading.function
             assert reading.spill_instructions == 0, reading.function
             if match := _KERNEL.search(reading.function):
-                found[Kernel(match[1], match[2], match[3] == "1", int(match[4]))] = reading
+                values = VALUES[int(match["values"])]
+                found[Kernel(match["x"], match["scales"], values, int(match["tiles"]))] = reading
     if not found:
         pytest.skip(f"the module has no machine code for {request.param}")
     return found
 
 
-def test_every_kernel_is_there_and_leaves_room_for_others(readings):
-    assert len(readings) == 2 * 3 * 2 * 2
+def test_every_kernel_is_there_and_leaves_room_for_another_block(readings):
+    assert len(readings) == 2 * 2 * (
+        3 * 3 + 1
+    )  # types of x, tiles, values with plain scales of three types, six-bit scales
     for kernel, reading in readings.items():
-        # Memory leaves room for two blocks on consumer cards and for more on others: 65536 registers for three of 128 threads.
-        assert reading.registers <= 168, f"{kernel}: {reading.registers} registers"
+        # Two blocks at a time, as many as consumer cards have memory for.
+        assert 2 * 32 * WARPS * reading.registers <= 65536, f"{kernel}: {reading.registers} registers"
         assert reading.static_shared_bytes == 0, kernel
 
 
 def stages_in_a_pass(kernel: Kernel, loop: sass.Loop) -> int:
-    """16 pairs of tiles of the weight in a stage, for each tile of x one mma."""
-    return loop.matrix_instructions // (16 * kernel.tiles)
+    """16 mma of the weight for each tile of x in a stage, and a warp's 4 for sums of x."""
+    return loop.matrix_instructions // ((20 if kernel.values == "offsets" else 16) * kernel.tiles)
 
 
 def test_codes_and_x_are_copied_16_bytes_at_a_time(readings):
@@ -77,7 +83,9 @@ def test_codes_and_x_are_copied_16_bytes_at_a_time(readings):
         assert loop.local_accesses == 0, kernel
 
 
-MOST = {(False, 1): 20.0, (False, 2): 26.0, (True, 1): 22.0, (True, 2): 26.5}
+# Up to 8 and up to 16 rows of x. With plain scales, and six-bit ones.
+MOST = {"centred": (20.0, 26.0), "zeros": (22.0, 26.5), "offsets": (24.5, 33.0)}
+MOST_SIX_BIT = (27.5, 36.0)
 
 
 @pytest.mark.parametrize("readings", ["sm_86", "sm_89"], indirect=True)
@@ -86,4 +94,5 @@ def test_instructions_for_128_bytes_of_codes(readings):
         loop = reading.main_loop
         taken = stages_in_a_pass(kernel, loop) * STAGE_BYTES
         instructions = loop.instructions * WARPS * static.LINE / taken
-        assert instructions <= MOST[kernel.has_zeros, kernel.tiles], f"{kernel}: {instructions:.2f}"
+        most = MOST_SIX_BIT if kernel.scales == "SixBit" else MOST[kernel.values]
+        assert instructions <= most[kernel.tiles - 1], f"{kernel}: {instructions:.2f}"
