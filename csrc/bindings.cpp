@@ -19,11 +19,23 @@ const void* pointer(uintptr_t address) { return reinterpret_cast<const void*>(ad
 gemma4_linear_arguments linear_arguments(uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t m, int32_t dtype,
                                          uintptr_t bias, int32_t bias_dtype, int64_t n, int64_t k, int64_t group_size,
                                          uintptr_t codes, uintptr_t scales, int32_t scale_dtype, uintptr_t zeros,
-                                         uintptr_t offsets, uintptr_t group_scales, int32_t values, int32_t scale_kind,
+                                         uintptr_t offsets, uintptr_t group_scales, uintptr_t table, int32_t values, int32_t scale_kind,
                                          int32_t zero) {
   gemma4_linear_arguments a{};
-  a.weight = {n,           k,      group_size, pointer(codes), pointer(scales), pointer(zeros), pointer(offsets), pointer(group_scales),
-              scale_dtype, values, scale_kind, zero};
+  gemma4_weight& w = a.weight;
+  w.n = n;
+  w.k = k;
+  w.group_size = group_size;
+  w.codes = pointer(codes);
+  w.scales = pointer(scales);
+  w.zeros = pointer(zeros);
+  w.offsets = pointer(offsets);
+  w.group_scales = pointer(group_scales);
+  w.table = static_cast<const float*>(pointer(table));
+  w.scale_dtype = scale_dtype;
+  w.values = values;
+  w.scale_kind = scale_kind;
+  w.zero = zero;
   a.m = m;
   a.x_stride = x_stride;
   a.out_stride = out_stride;
@@ -42,7 +54,7 @@ PYBIND11_MODULE(GEMMA4_MODULE, module) {
       .def(py::init(&linear_arguments), py::kw_only(), py::arg("x"), py::arg("x_stride"), py::arg("out"), py::arg("out_stride"),
            py::arg("m"), py::arg("dtype"), py::arg("bias"), py::arg("bias_dtype"), py::arg("n"), py::arg("k"),
            py::arg("group_size"), py::arg("codes"), py::arg("scales"), py::arg("scale_dtype"), py::arg("zeros"),
-           py::arg("offsets"), py::arg("group_scales"), py::arg("values"), py::arg("scale_kind"), py::arg("zero"));
+           py::arg("offsets"), py::arg("group_scales"), py::arg("table"), py::arg("values"), py::arg("scale_kind"), py::arg("zero"));
   module.def("linear_workspace", [](const gemma4_linear_arguments& arguments) {
     size_t bytes = 0;
     raise_if(gemma4_linear_workspace(&arguments, &bytes));

@@ -28,6 +28,7 @@ ROOT = SOURCES.parent
 KERNELS = (
     "common/status.cu", "linear/linear.cu", "linear/add_pieces.cu", "linear/decode_bf16.cu", "linear/decode_fp16.cu",
     "linear/decode_offsets_bf16.cu", "linear/decode_offsets_fp16.cu",
+    "linear/decode_table_bf16.cu", "linear/decode_table_fp16.cu",
 )  # fmt: skip
 EMULATOR = ("emulator/fiber.cpp", "emulator/runtime.cpp", "emulator/collectives.cpp")
 ARCHITECTURES = ("80", "86", "89", "90", "120")

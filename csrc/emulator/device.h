@@ -47,6 +47,16 @@ inline uint32_t __float_as_uint(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 }
+// Four bytes of the eight in (y, x), each by the lowest three bits of its nibble. The fourth bit, which repeats a sign, has no twin.
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t bytes = uint64_t(y) << 32 | x;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    if (selector >> 4 * i & 8) emulator::fail("__byte_perm with a selector above 7");
+    result |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  }
+  return result;
+}
 template <class T>
 inline T __ldg(const T* address) {
   return *address;

@@ -38,7 +38,8 @@ typedef enum gemma4_dtype { GEMMA4_BF16 = 0, GEMMA4_FP16 = 1, GEMMA4_FP32 = 2 } 
 typedef enum gemma4_values {
   GEMMA4_CENTRED = 0, /* scale[n, j] * (q - zero) */
   GEMMA4_ZEROS = 1,   /* scale[n, j] * (q - zeros[n, j]) */
-  GEMMA4_OFFSETS = 2  /* scale[n, j] * q + offset[n, j] */
+  GEMMA4_OFFSETS = 2, /* scale[n, j] * q + offset[n, j] */
+  GEMMA4_TABLE = 3    /* scale[n, j] * table[q], the table rounded to the dtype of x */
 } gemma4_values;
 
 /* How the scale of group j is stored, and the offset with it. */
@@ -47,7 +48,10 @@ typedef enum gemma4_scales {
   /* Groups of 32, k a multiple of 256. scales[n, i] is fp16 d and offsets[n, i] fp16 dmin of 256 columns, group_scales[n, i] three
    * words w with the 6-bit codes of its groups j = 0..7:
    *   scale = d * ((w0 >> 4j & 15) + 16 * (w2 >> 2j & 3)),   offset = -dmin * ((w1 >> 4j & 15) + 16 * (w2 >> (16 + 2j) & 3)) */
-  GEMMA4_SCALES_SIX_BIT = 1
+  GEMMA4_SCALES_SIX_BIT = 1,
+  /* The same sizes: scales[n, i] is fp16 d of 256 columns, group_scales int8 (n, k / 32); scale = d * group_scales[n, j]. */
+  GEMMA4_SCALES_INT8 = 2,
+  GEMMA4_SCALES_E8M0 = 3 /* scales uint8 (n, k / group_size); scale = 2^(scales[n, j] - 128) */
 } gemma4_scales;
 
 /* A cudaStream_t; 0 is the default stream. */
@@ -60,13 +64,14 @@ typedef struct gemma4_weight {
   int64_t k;           /* a multiple of 32 and of group_size */
   int64_t group_size;  /* a multiple of 32 */
   const void* codes;   /* uint32 (n, k / 8), 16-byte aligned */
-  const void* scales;       /* (n, k / group_size), aligned to its elements; six-bit: (n, k / 256) */
+  const void* scales;       /* (n, k / group_size), aligned to its elements; six-bit and int8: (n, k / 256) */
   const void* zeros;        /* uint8 (n, k / group_size), each at most 16, for GEMMA4_ZEROS; else null */
   const void* offsets;      /* as scales, for GEMMA4_OFFSETS; else null */
-  const void* group_scales; /* uint32 (n, k / 256, 3), for GEMMA4_SCALES_SIX_BIT; else null */
-  int32_t scale_dtype;      /* of scales and offsets: gemma4_dtype */
+  const void* group_scales; /* for GEMMA4_SCALES_SIX_BIT and GEMMA4_SCALES_INT8, 4-byte aligned; else null */
+  const float* table;       /* (16), for GEMMA4_TABLE; else null */
+  int32_t scale_dtype;      /* of scales and offsets: gemma4_dtype; of no meaning for GEMMA4_SCALES_E8M0 */
   int32_t values;           /* gemma4_values */
-  int32_t scale_kind;       /* gemma4_scales; six-bit goes with GEMMA4_OFFSETS */
+  int32_t scale_kind;       /* gemma4_scales; six-bit goes with GEMMA4_OFFSETS, int8 and e8m0 with GEMMA4_TABLE */
   int32_t zero;             /* 0 to 16, for GEMMA4_CENTRED */
 } gemma4_weight;
 

@@ -20,6 +20,7 @@
 // A row of out depends on its own row of x: the columns of B do not meet. Pieces of K follow from the weight's shape and the device.
 #pragma once
 
+#include "expand.cuh"
 #include "scales.cuh"
 
 namespace gemma4::linear {
@@ -99,22 +100,13 @@ struct Loader {
   __device__ __forceinline__ void finish(unsigned char* stage) const {
     *reinterpret_cast<float4*>(stage + scale_target) =
         make_float4(scales.scale(0), scales.scale(1), scales.scale(2), scales.scale(3));
-    if constexpr (VALUES != kCentred) {
+    if constexpr (Layout::kHasShifts) {
       *reinterpret_cast<uint4*>(stage + scale_target + Layout::kShifts - Layout::kScales) =
           make_uint4(scales.template shift<Type>(0), scales.template shift<Type>(1), scales.template shift<Type>(2),
                      scales.template shift<Type>(3));
     }
   }
 };
-
-// One word of codes as four pairs of numbers, code less zero point.
-template <class Type>
-__device__ __forceinline__ void expand(uint32_t word, uint32_t minus_zero, uint32_t (&pairs)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    pairs[i] = ptx::add_pair(ptx::masked_with(word >> 4 * i, 0x000F000Fu, Numbers<Type>::kMagic), minus_zero, Type());
-  }
-}
 
 // Sums of x over the 32 columns of each slot, which offsets are multiplied with: products with ones. A warp makes those of two slots.
 template <class Type, int TILES>
@@ -140,8 +132,8 @@ __device__ __forceinline__ void sum_columns(const unsigned char* stage, unsigned
 
 // What a warp makes of a stage: its 16 outputs for all rows of x.
 template <class Type, Values VALUES, int TILES>
-__device__ __forceinline__ void fold(const unsigned char* stage, const unsigned char* column_sums, uint32_t minus_zero,
-                                     float (&sums)[TILES][4]) {
+__device__ __forceinline__ void fold(const unsigned char* stage, const unsigned char* column_sums,
+                                     const Expander<Type, VALUES>& expander, float (&sums)[TILES][4]) {
   using Layout = Stage<TILES, VALUES>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   // Lane l names row l % 8 of matrix l / 8: the rows from 0, from 8, then the same of the next 16 bytes.
@@ -157,9 +149,8 @@ __device__ __forceinline__ void fold(const unsigned char* stage, const unsigned 
     float upper_scale[4], lower_scale[4];
     *reinterpret_cast<float4*>(upper_scale) = *reinterpret_cast<const float4*>(scales + offset);
     *reinterpret_cast<float4*>(lower_scale) = *reinterpret_cast<const float4*>(scales + offset + 8 * kSlots * 4);
-    uint32_t upper_shift[4] = {minus_zero, minus_zero, minus_zero, minus_zero};
-    uint32_t lower_shift[4] = {minus_zero, minus_zero, minus_zero, minus_zero};
-    if constexpr (VALUES != kCentred) {
+    uint32_t upper_shift[4] = {}, lower_shift[4] = {};
+    if constexpr (Layout::kHasShifts) {
       const unsigned char* shifts = scales + (Layout::kShifts - Layout::kScales) + offset;
       *reinterpret_cast<uint4*>(upper_shift) = *reinterpret_cast<const uint4*>(shifts);
       *reinterpret_cast<uint4*>(lower_shift) = *reinterpret_cast<const uint4*>(shifts + 8 * kSlots * 4);
@@ -172,8 +163,8 @@ __device__ __forceinline__ void fold(const unsigned char* stage, const unsigned 
       for (int which = 0; which < 2; ++which) {
         const int slot = 2 * pair + which;
         uint32_t upper[4], lower[4];
-        expand<Type>(words[2 * which], VALUES == kOffsets ? minus_zero : upper_shift[slot], upper);
-        expand<Type>(words[2 * which + 1], VALUES == kOffsets ? minus_zero : lower_shift[slot], lower);
+        expander.pairs_of(words[2 * which], upper_shift[slot], upper);
+        expander.pairs_of(words[2 * which + 1], lower_shift[slot], lower);
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
           const unsigned char* columns = x + tile * kTileRows * kRowBytes + (4 * half + 2 * pair) * 64 + (which ^ swapped) * 64;
@@ -206,9 +197,6 @@ __device__ __forceinline__ float load_bias(const Parameters& p, int output) {
   return p.bias_dtype == 1 ? ptx::fp16_to_float(bits) : __uint_as_float(uint32_t(bits) << 16);
 }
 
-__device__ __forceinline__ uint16_t rounded(float value, Bf16) { return ptx::round_to_bf16(value); }
-__device__ __forceinline__ uint16_t rounded(float value, Fp16) { return ptx::round_to_fp16(value); }
-
 // A result, or a piece of it.
 template <class Type>
 __device__ __forceinline__ void store(const Parameters& p, int piece, int row, int output, float sum) {
@@ -235,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const Parameters p)
     ptx::commit();
   }
   unsigned char* column_sums = ring + STAGES * BYTES;
-  const uint32_t minus_zero = minus<Type>(p.zero);
+  const Expander<Type, VALUES> expander(p);
   float sums[TILES][4] = {};
   // A pass of the loop is a round of the ring, so that slots are known to the compiler.
   for (int first = 0; first < stages; first += STAGES) {
@@ -251,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const Parameters p)
         sum_columns<Type, TILES>(ring + slot * BYTES, column_sums);
         __syncthreads();
       }
-      fold<Type, VALUES, TILES>(ring + slot * BYTES, column_sums, minus_zero, sums);
+      fold<Type, VALUES, TILES>(ring + slot * BYTES, column_sums, expander, sums);
       loader.finish(filling);
     }
     loader.advance(STAGES);

@@ -18,9 +18,11 @@ struct Kind {
 std::string launch_bf16(const Parameters& parameters, Kind kind, int pieces, void* stream);
 std::string launch_fp16(const Parameters& parameters, Kind kind, int pieces, void* stream);
 
-// The same for values with offsets, in files of their own.
+// The same for values with offsets and for those of a table, in files of their own.
 std::string launch_offsets_bf16(const Parameters& parameters, Kind kind, int pieces, void* stream);
 std::string launch_offsets_fp16(const Parameters& parameters, Kind kind, int pieces, void* stream);
+std::string launch_table_bf16(const Parameters& parameters, Kind kind, int pieces, void* stream);
+std::string launch_table_fp16(const Parameters& parameters, Kind kind, int pieces, void* stream);
 
 // Adds the pieces in their order.
 std::string launch_add_pieces(const Parameters& parameters, bool is_bf16, int pieces, void* stream);

@@ -37,4 +37,12 @@ std::string launch_offsets(const Parameters& p, Kind kind, int pieces, void* str
   return launch_plain<Type, kOffsets>(p, kind.scale_dtype, pieces, stream);
 }
 
+template <class Type>
+std::string launch_table(const Parameters& p, Kind kind, int pieces, void* stream) {
+  if (kind.scales == GEMMA4_SCALES_INT8) return launch_rows<Type, Int8Scales, kTable>(p, pieces, stream);
+  if (kind.scales == GEMMA4_SCALES_E8M0) return launch_rows<Type, PlainScales<E8m0Scale, kTable>, kTable>(p, pieces, stream);
+  if (kind.scale_dtype == GEMMA4_FP16) return launch_rows<Type, PlainScales<Fp16Scale, kTable>, kTable>(p, pieces, stream);
+  return launch_rows<Type, PlainScales<Fp32Scale, kTable>, kTable>(p, pieces, stream);
+}
+
 }  // namespace gemma4::linear

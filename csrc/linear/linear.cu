@@ -31,16 +31,24 @@ gemma4_status check_pointer(const char* name, const void* pointer, uintptr_t ali
   return GEMMA4_OK;
 }
 
+// What goes with a kind of scales.
 gemma4_status check_scale_kind(const gemma4_weight& w) {
-  if (w.scale_kind != GEMMA4_SCALES_PLAIN && w.scale_kind != GEMMA4_SCALES_SIX_BIT) {
+  const bool six_bit = w.scale_kind == GEMMA4_SCALES_SIX_BIT, int8 = w.scale_kind == GEMMA4_SCALES_INT8;
+  const bool e8m0 = w.scale_kind == GEMMA4_SCALES_E8M0;
+  if (w.scale_kind != GEMMA4_SCALES_PLAIN && !six_bit && !int8 && !e8m0) {
     return fail(GEMMA4_UNSUPPORTED, "gemma4_linear: scale_kind " + number(w.scale_kind) + " has no kernel in this version");
   }
-  const bool six_bit = w.scale_kind == GEMMA4_SCALES_SIX_BIT;
-  if (six_bit != (w.group_scales != nullptr)) return invalid("group_scales must be there for six-bit scales, else null");
-  if (!six_bit) return GEMMA4_OK;
+  if ((six_bit || int8) != (w.group_scales != nullptr)) {
+    return invalid("group_scales must be there for six-bit and int8 scales, else null");
+  }
   if (!is_aligned(w.group_scales, 4)) return invalid("group_scales must be a multiple of 4 bytes");
-  if (w.k % kColumns != 0 || w.group_size != 32 || w.scale_dtype != GEMMA4_FP16 || w.values != GEMMA4_OFFSETS) {
-    return invalid("six-bit scales go with groups of 32, k a multiple of 256, fp16 and GEMMA4_OFFSETS");
+  if ((six_bit || int8) && (w.k % kColumns != 0 || w.group_size != 32 || w.scale_dtype != GEMMA4_FP16)) {
+    return invalid("six-bit and int8 scales go with groups of 32, k a multiple of 256, and fp16");
+  }
+  const bool fits = six_bit ? w.values == GEMMA4_OFFSETS : int8 || e8m0 ? w.values == GEMMA4_TABLE : true;
+  const bool bf16_table = w.values == GEMMA4_TABLE && !e8m0 && w.scale_dtype == GEMMA4_BF16;
+  if (!fits || bf16_table) {
+    return fail(GEMMA4_UNSUPPORTED, "gemma4_linear: no kernel has these scales with values " + number(w.values));
   }
   return GEMMA4_OK;
 }
@@ -54,14 +62,17 @@ gemma4_status check_weight(const gemma4_weight& w) {
     return invalid("group_size must be a multiple of 32 that divides k = " + number(w.k) + ", got " + number(w.group_size));
   }
   if (!is_dtype(w.scale_dtype)) return invalid("scale_dtype " + number(w.scale_dtype) + " is no gemma4_dtype");
-  if (w.values != GEMMA4_CENTRED && w.values != GEMMA4_ZEROS && w.values != GEMMA4_OFFSETS) {
+  if (w.values < GEMMA4_CENTRED || w.values > GEMMA4_TABLE) {
     return fail(GEMMA4_UNSUPPORTED, "gemma4_linear: values " + number(w.values) + " has no kernel in this version");
   }
   if (auto status = check_pointer("codes", w.codes, 16)) return status;
-  if (auto status = check_pointer("scales", w.scales, w.scale_dtype == GEMMA4_FP32 ? 4 : 2)) return status;
+  const uintptr_t bytes = w.scale_kind == GEMMA4_SCALES_E8M0 ? 1 : w.scale_dtype == GEMMA4_FP32 ? 4 : 2;
+  if (auto status = check_pointer("scales", w.scales, bytes)) return status;
   if ((w.values == GEMMA4_ZEROS) != (w.zeros != nullptr)) return invalid("zeros must be there for GEMMA4_ZEROS, else null");
   if ((w.values == GEMMA4_OFFSETS) != (w.offsets != nullptr)) return invalid("offsets must be there for GEMMA4_OFFSETS, else null");
-  if (!is_aligned(w.offsets, w.scale_dtype == GEMMA4_FP32 ? 4 : 2)) return invalid("offsets is not aligned to its elements");
+  if ((w.values == GEMMA4_TABLE) != (w.table != nullptr)) return invalid("table must be there for GEMMA4_TABLE, else null");
+  if (!is_aligned(w.table, 4)) return invalid("table is not aligned to its elements");
+  if (!is_aligned(w.offsets, bytes)) return invalid("offsets is not aligned to its elements");
   if (w.values == GEMMA4_CENTRED && (w.zero < 0 || w.zero > 16)) return invalid("zero must lie in [0, 16], got " + number(w.zero));
   return check_scale_kind(w);
 }
@@ -133,7 +144,8 @@ gemma4_status run(const gemma4_linear_arguments& a, void* workspace, size_t work
   p.codes = static_cast<const unsigned char*>(w.codes);
   p.scales = w.scales;
   p.shifts = w.values == GEMMA4_OFFSETS ? w.offsets : w.zeros;
-  p.group_scales = static_cast<const uint32_t*>(w.group_scales);
+  p.group_scales = w.group_scales;
+  p.table = w.table;
   p.x = static_cast<const unsigned char*>(a.x);
   p.out = a.out;
   p.bias = a.bias;
@@ -150,9 +162,10 @@ gemma4_status run(const gemma4_linear_arguments& a, void* workspace, size_t work
   p.zero = w.values == GEMMA4_CENTRED ? uint32_t(w.zero) : 0;
   p.bias_dtype = a.bias_dtype;
   const bool is_bf16 = a.dtype == GEMMA4_BF16;
-  const auto subtracting = is_bf16 ? launch_bf16 : launch_fp16, offsets = is_bf16 ? launch_offsets_bf16 : launch_offsets_fp16;
-  const Kind kind{w.values, w.scale_kind, w.scale_dtype};
-  auto problem = (w.values == GEMMA4_OFFSETS ? offsets : subtracting)(p, kind, pieces, stream);
+  auto launch_kind = is_bf16 ? launch_bf16 : launch_fp16;
+  if (w.values == GEMMA4_OFFSETS) launch_kind = is_bf16 ? launch_offsets_bf16 : launch_offsets_fp16;
+  if (w.values == GEMMA4_TABLE) launch_kind = is_bf16 ? launch_table_bf16 : launch_table_fp16;
+  auto problem = launch_kind(p, {w.values, w.scale_kind, w.scale_dtype}, pieces, stream);
   if (problem.empty() && pieces > 1) problem = launch_add_pieces(p, is_bf16, pieces, stream);
   return problem.empty() ? GEMMA4_OK : cuda_error(problem);
 }

@@ -20,6 +20,13 @@ struct Bf16Scale {
   using Raw = uint16_t;
   static __device__ __forceinline__ float value(Raw raw) { return __uint_as_float(uint32_t(raw) << 16); }
 };
+// A power of two, 2^(e - 128), by its exponent; the two smallest are subnormal.
+struct E8m0Scale {
+  using Raw = unsigned char;
+  static __device__ __forceinline__ float value(Raw raw) {
+    return __uint_as_float(raw < 2 ? 0x200000u << raw : uint32_t(raw - 1) << 23);
+  }
+};
 struct Fp32Scale {
   using Raw = float;
   static __device__ __forceinline__ float value(Raw raw) { return raw; }
@@ -75,7 +82,7 @@ struct SixBitScales {
     const int64_t first_super = int64_t(row) * (p.k / kColumns);
     outer = ptx::kept(static_cast<const uint16_t*>(p.scales) + first_super);
     outer_offset = ptx::kept(static_cast<const uint16_t*>(p.shifts) + first_super);
-    codes = ptx::kept(p.group_scales + 3 * first_super);
+    codes = ptx::kept(static_cast<const uint32_t*>(p.group_scales) + 3 * first_super);
   }
 
   __device__ __forceinline__ void load(const Parameters&, int block, int present) {
@@ -97,6 +104,28 @@ struct SixBitScales {
   template <class Type>
   __device__ __forceinline__ uint32_t shift(int i) const {
     return __float_as_uint(-(ptx::fp16_to_float(raw_offset) * six_bits(words[1], words[2] >> 16, i)));
+  }
+};
+
+// IQ4_XS: 256 columns have one fp16 number, and a signed byte for each 32 of them. The product is exact in fp32.
+struct Int8Scales {
+  const uint16_t* outer;
+  const uint32_t* inner;
+  uint16_t raw;
+  uint32_t four;
+
+  __device__ Int8Scales(const Parameters& p, int row) {
+    outer = ptx::kept(static_cast<const uint16_t*>(p.scales) + int64_t(row) * (p.k / kColumns));
+    inner = ptx::kept(static_cast<const uint32_t*>(p.group_scales) + int64_t(row) * (p.groups / 4));
+  }
+
+  __device__ __forceinline__ void load(const Parameters&, int block, int present) {
+    raw = present > 0 ? __ldg(outer + uint32_t(block) / kSlots) : uint16_t(0);
+    four = present > 0 ? __ldg(inner + uint32_t(block) / 4) : 0;
+  }
+
+  __device__ __forceinline__ float scale(int i) const {
+    return ptx::fp16_to_float(raw) * float(int32_t(four << (24 - 8 * i)) >> 24);
   }
 };
 

@@ -21,7 +21,8 @@ struct Parameters {
   const unsigned char* codes;    // (n, k / 2)
   const void* scales;            // (n, groups); six-bit: (n, k / 256) fp16
   const void* shifts;            // offsets as scales, or zeros uint8 (n, groups), or null
-  const uint32_t* group_scales;  // six-bit: (n, k / 256, 3)
+  const void* group_scales;      // six-bit: uint32 (n, k / 256, 3); int8: (n, groups)
+  const float* table;            // 16 numbers, or null
   const unsigned char* x;
   void* out;
   const void* bias;              // (n), or null
@@ -35,8 +36,8 @@ struct Parameters {
   int bias_dtype;                // gemma4_dtype
 };
 
-// What a code has added to it, in the numbers of gemma4_values.
-enum Values { kCentred = 0, kZeros = 1, kOffsets = 2 };
+// How a code becomes a value, in the numbers of gemma4_values.
+enum Values { kCentred = 0, kZeros = 1, kOffsets = 2, kTable = 3 };
 
 // What the two 16-bit types differ in. A code in the lowest bits of MAGIC is the number BASE + code, exactly.
 template <class Type>
@@ -65,7 +66,8 @@ struct Stage {
   static constexpr int kX = kOutputs * kCodeBytes;
   static constexpr int kScales = kX + TILES * kTileRows * kRowBytes;
   static constexpr int kShifts = kScales + kOutputs * kSlots * 4;
-  static constexpr int kBytes = kShifts + (VALUES == kCentred ? 0 : kOutputs * kSlots * 4);
+  static constexpr bool kHasShifts = VALUES == kZeros || VALUES == kOffsets;
+  static constexpr int kBytes = kShifts + (kHasShifts ? kOutputs * kSlots * 4 : 0);
   // More stages than two of 16 rows would leave room for one block only on a multiprocessor of sm_86.
   static constexpr int kStages = TILES == 1 ? 3 : 2;
   static constexpr int kRingBytes = kBytes * kStages;

@@ -15,8 +15,8 @@ from gemma4_kernels.linear.schemes import SCHEMES
 from gemma4_kernels.linear.weight import QuantizedWeight
 
 # gemma4_values and gemma4_scales, by what a layout calls them.
-_VALUES = {"centred": 0, "zeros": 1, "offsets": 2}
-_SCALES = {"plain": 0, "six_bit": 1}
+_VALUES = {"centred": 0, "zeros": 1, "offsets": 2, "table": 3}
+_SCALES = {"plain": 0, "six_bit": 1, "int8": 2, "e8m0": 3}
 _ALIGNMENT = 16  # bytes: the copies of a kernel
 
 # (scheme, reason): what the kernels read. Everything else is Triton's.
@@ -29,6 +29,11 @@ SERVED = {
     "Q4_1": "offsets are multiplied with sums of x, which the warps of a block make for each other",
     "MLX": "as Q4_1, with groups of 32, 64 or 128",
     "Q4_K": "as Q4_1; six-bit scales become fp32 on their way to shared memory",
+    "NF4": "a table of 16 numbers in registers, looked up four codes at a time",
+    "FP4": "as NF4",
+    "IQ4_NL": "as NF4",
+    "IQ4_XS": "as NF4; scales as in Q4_K",
+    "MXFP4": "as NF4; scales are powers of two",
 }
 MOST_ROWS = 16  # two tiles of 8; from there on Triton's tiles make a weight once for more rows than these kernels
 
@@ -63,8 +68,9 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) ->
         x=x.data_ptr(), x_stride=x.stride(0) if x.shape[0] > 1 else K, out=out.data_ptr(), out_stride=N, m=x.shape[0],
         dtype=support.DTYPE_CODES[x.dtype], bias=_address(bias),
         bias_dtype=0 if bias is None else support.DTYPE_CODES[bias.dtype], n=N, k=K, group_size=weight.group_size,
-        codes=codes.data_ptr(), scales=weight.scales.data_ptr(), scale_dtype=support.DTYPE_CODES[weight.scales.dtype],
+        codes=codes.data_ptr(), scales=weight.scales.data_ptr(), scale_dtype=support.DTYPE_CODES.get(weight.scales.dtype, 0),
         zeros=_address(weight.zeros), offsets=_address(weight.offsets), group_scales=_address(weight.group_scales),
+        table=_address(weight.table),
         values=_VALUES[layout.values], scale_kind=_SCALES[layout.scales], zero=layout.zero,
     )  # fmt: skip
     on_gpu = x.device.type == "cuda"

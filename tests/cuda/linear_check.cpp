@@ -75,16 +75,17 @@ int64_t bytes_of(int dtype) { return dtype == GEMMA4_FP32 ? 4 : 2; }
 
 struct Call {
   Shape shape;
-  Block codes, scales, zeros, offsets, group_scales, x, out, bias;
+  Block codes, scales, zeros, offsets, group_scales, table, x, out, bias;
   gemma4_linear_arguments arguments{};
 
   Call(const Shape& s, unsigned seed)
       : shape(s), codes(s.n * s.k / 2), scales(s.n * (s.k / s.scale_columns()) * bytes_of(s.scale_dtype)), zeros(s.n * (s.k / s.group)),
-        offsets(scales.size), group_scales(s.six_bit ? s.n * (s.k / 256) * 12 : 0), x(2 * ((s.m - 1) * (s.k + s.x_padding) + s.k)), out(2 * ((s.m - 1) * (s.n + s.out_padding) + s.n)), bias(s.n * 4) {
+        offsets(scales.size), group_scales(s.six_bit ? s.n * (s.k / 256) * 12 : 0), table(64), x(2 * ((s.m - 1) * (s.k + s.x_padding) + s.k)), out(2 * ((s.m - 1) * (s.n + s.out_padding) + s.n)), bias(s.n * 4) {
     std::mt19937 random(seed);
     std::normal_distribution<float> normal;
     for (size_t i = 0; i < codes.size; ++i) codes.data[i] = uint8_t(random());
     for (size_t i = 0; i < group_scales.size; ++i) group_scales.data[i] = uint8_t(random());
+    for (int i = 0; i < 16; ++i) put(table, i, from_half(to_half(normal(random), s.dtype), s.dtype), GEMMA4_FP32);
     for (size_t i = 0; i < zeros.size; ++i) zeros.data[i] = uint8_t(random() % 17);
     for (int64_t i = 0; i < s.n * (s.k / s.scale_columns()); ++i) {
       put(scales, i, 0.05f * normal(random), s.scale_dtype);
@@ -102,6 +103,7 @@ struct Call {
     w.zeros = s.values == GEMMA4_ZEROS ? zeros.data : nullptr;
     w.offsets = s.values == GEMMA4_OFFSETS ? offsets.data : nullptr;
     w.group_scales = s.six_bit ? group_scales.data : nullptr;
+    w.table = s.values == GEMMA4_TABLE ? reinterpret_cast<const float*>(table.data) : nullptr;
     w.scale_kind = s.six_bit ? GEMMA4_SCALES_SIX_BIT : GEMMA4_SCALES_PLAIN;
     w.scale_dtype = s.scale_dtype;
     w.values = s.values;
@@ -160,7 +162,9 @@ struct Call {
           const int64_t group = output * (shape.k / shape.group) + column / shape.group;
           const int zero = shape.values == GEMMA4_CENTRED ? 8 : shape.values == GEMMA4_ZEROS ? zeros.data[group] : 0;
           const double offset = shape.values == GEMMA4_OFFSETS ? group_offset(output, column) : 0;
-          const double scaled = group_scale(output, column) * (code(output, column) - zero);
+          const double value =
+              shape.values == GEMMA4_TABLE ? get(table, code(output, column), GEMMA4_FP32) : code(output, column) - zero;
+          const double scaled = group_scale(output, column) * value;
           const double factor = get(x, row * (shape.k + shape.x_padding) + column, shape.dtype);
           sum += (scaled + offset) * factor;
           size += (std::fabs(scaled) + std::fabs(offset)) * std::fabs(factor);
@@ -203,6 +207,8 @@ int check_shapes() {
       {70, 288, 32, 4, GEMMA4_BF16, GEMMA4_FP16, GEMMA4_OFFSETS, true, 8, 1},
       {65, 2368, 64, 12, GEMMA4_FP16, GEMMA4_BF16, GEMMA4_OFFSETS, false, 0, 0},
       {70, 2560, 32, 9, GEMMA4_BF16, GEMMA4_FP16, GEMMA4_OFFSETS, true, 0, 0, true},
+      {70, 416, 32, 3, GEMMA4_BF16, GEMMA4_FP16, GEMMA4_TABLE, true, 0, 0},
+      {33, 2432, 64, 14, GEMMA4_FP16, GEMMA4_FP32, GEMMA4_TABLE, false, 0, 3},
   };
   unsigned seed = 0;
   for (const Shape& shape : shapes) {
@@ -226,7 +232,7 @@ void spoil(gemma4_linear_arguments& a, unsigned& spoiled, std::mt19937& random) 
   };
   const int kinds[] = {-1, 3, 7, INT32_MAX, INT32_MIN};
   const int kind = kinds[random() % std::size(kinds)];
-  const unsigned field = random() % 18;
+  const unsigned field = random() % 19;
   if (spoiled >> field & 1) return;
   spoiled |= 1u << field;
   switch (field) {
@@ -245,6 +251,7 @@ void spoil(gemma4_linear_arguments& a, unsigned& spoiled, std::mt19937& random) 
     case 12: a.x = moved(a.x); break;
     case 13: a.out = random() % 2 ? nullptr : static_cast<unsigned char*>(a.out) + 1; break;
     case 14: a.weight.offsets = a.weight.values == GEMMA4_OFFSETS ? nullptr : a.weight.codes; break;
+    case 17: a.weight.table = a.weight.values == GEMMA4_TABLE ? nullptr : static_cast<const float*>(a.weight.codes); break;
     case 15: a.weight.group_scales = a.weight.codes; a.weight.scale_kind = GEMMA4_SCALES_PLAIN; break;
     case 16: a.weight.group_scales = nullptr; a.weight.scale_kind = random() % 2 ? kind : GEMMA4_SCALES_SIX_BIT; break;
     default: a.dtype = random() % 2 ? kind : GEMMA4_FP32; break;

@@ -52,7 +52,7 @@ def assert_linear(x, weight, bias=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scheme", cuda.SERVED)
 def test_every_scheme_and_number_of_rows_keeps_the_error_rule(scheme, dtype, rows):
-    columns = 768 if SCHEMES[scheme].scales == "six_bit" else 416
+    columns = 768 if SCHEMES[scheme].scales in ("six_bit", "int8") else 416
     weight = random_weight(scheme, (70, columns))
     bias = drawn(70, dtype=(torch.float32, *DTYPES)[rows % 3], seed=2) if rows % 2 else None
     assert_linear(drawn(rows, columns, dtype=dtype), weight, bias)
@@ -122,7 +122,8 @@ def test_special_numbers_stay_in_their_row():
 @needs_emulator
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("scheme", "shape"), [("Q4_0", (70, 4512)), ("W4A16", (200, 640)), ("AWQ", (33, 2304)), ("Q4_K", (40, 2048))]
+    ("scheme", "shape"),
+    [("Q4_0", (70, 4512)), ("W4A16", (200, 640)), ("AWQ", (33, 2304)), ("Q4_K", (40, 2048)), ("NF4", (70, 640))],
 )
 def test_a_row_keeps_its_bits_among_others(scheme, shape, dtype):
     weight, x = random_weight(scheme, shape), drawn(16, shape[1], dtype=dtype)

@@ -19,9 +19,9 @@ if sass.cuobjdump() is None:
     pytest.skip("cuobjdump is not installed", allow_module_level=True)
 MODULE = Path(_found.origin)
 _KERNEL = re.compile(
-    r"decode_kernelINS_3ptx4(?P<x>Bf16|Fp16)E.*?\d(?P<scales>Fp16|Bf16|Fp32|SixBit)Scales?E.*?ValuesE(?P<values>[012])E.*?Li(?P<tiles>[12])EEEv"
+    r"decode_kernelINS_3ptx4(?P<x>Bf16|Fp16)E.*?\d(?P<scales>Fp16|Bf16|Fp32|E8m0|Int8|SixBit)Scales?E.*?ValuesE(?P<values>[0123])E.*?Li(?P<tiles>[12])EEEv"
 )
-VALUES = ("centred", "zeros", "offsets")
+VALUES = ("centred", "zeros", "offsets", "table")
 STAGE_BYTES = 64 * 128  # of codes
 WARPS = 4
 
@@ -59,9 +59,8 @@ def readings(request, tmp_path_factory) -> dict[Kernel, static.Reading]:
 
 
 def test_every_kernel_is_there_and_leaves_room_for_another_block(readings):
-    assert len(readings) == 2 * 2 * (
-        3 * 3 + 1
-    )  # types of x, tiles, values with plain scales of three types, six-bit scales
+    # Types of x, tiles of 8 rows; three kinds of values with plain scales of three types, six-bit ones, tables with four kinds.
+    assert len(readings) == 2 * 2 * (3 * 3 + 1 + 4)
     for kernel, reading in readings.items():
         # Two blocks at a time, as many as consumer cards have memory for.
         assert 2 * 32 * WARPS * reading.registers <= 65536, f"{kernel}: {reading.registers} registers"
@@ -84,7 +83,7 @@ def test_codes_and_x_are_copied_16_bytes_at_a_time(readings):
 
 
 # Up to 8 and up to 16 rows of x. With plain scales, and six-bit ones.
-MOST = {"centred": (20.0, 26.0), "zeros": (22.0, 26.5), "offsets": (24.5, 33.0)}
+MOST = {"centred": (20.0, 26.0), "zeros": (22.0, 26.5), "offsets": (24.5, 33.0), "table": (39.5, 44.0)}
 MOST_SIX_BIT = (27.5, 36.0)
 
 
