@@ -50,7 +50,8 @@ gemma4_linear_arguments linear_arguments(uintptr_t x, int64_t x_stride, uintptr_
 }  // namespace
 
 PYBIND11_MODULE(GEMMA4_MODULE, module) {
-  py::class_<gemma4_linear_arguments>(module, "LinearArguments")
+  // Local, because the two modules may be loaded side by side.
+  py::class_<gemma4_linear_arguments>(module, "LinearArguments", py::module_local())
       .def(py::init(&linear_arguments), py::kw_only(), py::arg("x"), py::arg("x_stride"), py::arg("out"), py::arg("out_stride"),
            py::arg("m"), py::arg("dtype"), py::arg("bias"), py::arg("bias_dtype"), py::arg("n"), py::arg("k"),
            py::arg("group_size"), py::arg("codes"), py::arg("scales"), py::arg("scale_dtype"), py::arg("zeros"),

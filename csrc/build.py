@@ -215,13 +215,14 @@ def add_library(plan: Plan, objects: Sequence[Path], link: Sequence[str | Path],
 
 
 def link_gpu(nvcc: Compiler) -> list[str | Path]:
-    # The static runtime: no libcudart has to be found, and none of another release gets in the way.
+    # The static runtime: no libcudart has to be found, and none of another release gets in the way. Symbolic, because the two
+    # modules define the same functions.
     folders = [f"-L{folder}" for folder in nvcc.library_folders]
-    return [nvcc.path, "-cudart=static", *folders, "-Xlinker=--exclude-libs,ALL"]
+    return [nvcc.path, "-cudart=static", *folders, "-Xlinker=--exclude-libs,ALL,-Bsymbolic"]
 
 
 def link_cpu() -> list[str | Path]:
-    return [_cxx(), "-Wl,--exclude-libs,ALL"]
+    return [_cxx(), "-Wl,--exclude-libs,ALL,-Bsymbolic"]
 
 
 def modules(into: Path, folder: Path) -> dict[str, str]:

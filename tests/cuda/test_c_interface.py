@@ -7,6 +7,8 @@ import subprocess
 import pytest
 from cuda_build import FOLDER, build, skip_without_compiler
 
+from gemma4_kernels.cuda_common import support
+
 skip_without_compiler()
 
 
@@ -26,6 +28,14 @@ def test_the_example_runs_on_the_emulated_library():
 def test_the_example_links_the_library_for_gpus():
     text = run(build.library(FOLDER, emulated=False))
     assert 'machine code for "' in text
+
+
+def test_modules_are_there_where_they_can_be_built_and_load_side_by_side():
+    """Or every other test of them would skip itself, and nobody would know."""
+    found = support.describe()
+    for name, obstacle in build.obstacles().items():
+        if obstacle is None:
+            assert found[name].startswith("built"), found[name]
 
 
 def symbols(path) -> set[str]:
