@@ -65,4 +65,4 @@ speed: $(READY)
 	$(BIN)/python -m gemma4_kernels.bench.eager_linear
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info gemma4_kernels/*.so

@@ -1,5 +1,5 @@
-// gemma4_kernels._C and gemma4_kernels._C_emulated: the C interface for Python. Pointers come as integers, taken from tensors in Python,
-// so a build does not depend on torch. A failed call raises: ValueError for what the caller did wrong, else RuntimeError.
+// gemma4_kernels._C and gemma4_kernels._C_emulated: the C interface for Python. Pointers come as integers, taken from tensors in
+// Python, so a build does not depend on torch. A failed call raises: ValueError for what the caller did wrong, else RuntimeError.
 #include <pybind11/pybind11.h>
 
 #include "include/gemma4_kernels.h"
@@ -19,8 +19,8 @@ const void* pointer(uintptr_t address) { return reinterpret_cast<const void*>(ad
 gemma4_linear_arguments linear_arguments(uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t m, int32_t dtype,
                                          uintptr_t bias, int32_t bias_dtype, int64_t n, int64_t k, int64_t group_size,
                                          uintptr_t codes, uintptr_t scales, int32_t scale_dtype, uintptr_t zeros,
-                                         uintptr_t offsets, uintptr_t group_scales, uintptr_t table, int32_t values, int32_t scale_kind,
-                                         int32_t zero) {
+                                         uintptr_t offsets, uintptr_t group_scales, uintptr_t table, int32_t values,
+                                         int32_t scale_kind, int32_t zero) {
   gemma4_linear_arguments a{};
   gemma4_weight& w = a.weight;
   w.n = n;

@@ -2,8 +2,8 @@
 //
 //     g++ -std=c++17 -I csrc/include examples/c_interface.cpp -L build/csrc -lgemma4_kernels ...
 //
-// `python -m pytest tests/cuda/test_c_interface.py` builds it twice: against the library for GPUs, and against the emulated one, which
-// takes pointers of the CPU (GEMMA4_EMULATED) and so runs anywhere.
+// `python -m pytest tests/cuda/test_c_interface.py` builds it twice: against the library for GPUs, and against the emulated one,
+// which takes pointers of the CPU (GEMMA4_EMULATED) and so runs anywhere.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>

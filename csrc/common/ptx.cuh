@@ -23,8 +23,8 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   return policy;
 }
 
-// 16 bytes to shared memory without passing registers, the rest of them zero where `bytes` is less; not kept in L1 (.cg), because no
-// other warp of the multiprocessor wants them.
+// 16 bytes to shared memory without passing registers, the rest of them zero where `bytes` is less; not kept in L1 (.cg), because
+// no other warp of the multiprocessor wants them.
 __device__ __forceinline__ void copy_16_once(void* shared, const void* global, uint32_t bytes, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address(shared)), "l"(global),
                "r"(bytes), "l"(policy)
@@ -46,7 +46,8 @@ __device__ __forceinline__ void wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
-// Four matrices of 8 rows of 16 bytes; a lane gets word lane % 4 of row lane / 4 of each, in one instruction where loads would take four.
+// Four matrices of 8 rows of 16 bytes; a lane gets word lane % 4 of row lane / 4 of each, in one instruction where loads would
+// take four.
 __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])

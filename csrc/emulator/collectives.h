@@ -10,8 +10,8 @@ namespace emulator {
 // shfl.sync.idx and .bfly ("Data Movement and Conversion Instructions: shfl.sync"), all lanes taking part.
 uint32_t shuffle(uint32_t value, int source_lane, int line);
 
-// ldmatrix.x4 of 8 x 8 16-bit elements ("Warp-level matrix load instruction: ldmatrix"): lane 8 i + r has brought row r (16 bytes) of
-// matrix i; lane l gets elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each matrix.
+// ldmatrix.x4 of 8 x 8 16-bit elements ("Warp-level matrix load instruction: ldmatrix"): lane 8 i + r has brought row r (16 bytes)
+// of matrix i; lane l gets elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each matrix.
 void distribute_matrices(const uint32_t row[4], uint32_t out[4], int line);
 
 // mma.m16n8k16 with fp32 sums ("Matrix Fragments for mma.m16n8k16 with floating point type"). With g = lane / 4, t = lane % 4:

@@ -1,7 +1,7 @@
 // Runs a CUDA kernel on the CPU: one fiber for each thread of a block, one block after the other.
 //
-// A fiber runs until it meets others: at __syncthreads, or at a collective of its warp (shuffle, ldmatrix, mma, __syncwarp). What is
-// wrong with a meeting (threads that wait at different places, threads that are gone) ends the launch with a sentence.
+// A fiber runs until it meets others: at __syncthreads, or at a collective of its warp (shuffle, ldmatrix, mma, __syncwarp). What
+// is wrong with a meeting (threads that wait at different places, threads that are gone) ends the launch with a sentence.
 // This file and runtime.cpp are the machinery and are never instrumented by ThreadSanitizer; what kernels do to memory happens in
 // device.h, in code that is.
 #pragma once
@@ -40,7 +40,7 @@ void block_barrier(int line);
 void warp_barrier(int line);
 
 // A meeting of all 32 lanes: each leaves `bytes` of input and gets a pointer to all lanes' inputs, one after the other, which holds
-// until the warp's meeting after the next. The last lane that comes runs `combine` on them, if there is one. No memory is ordered by it.
+// until the warp's meeting after the next. The last lane that comes runs `combine` on them, if there is one. It orders no memory.
 using Combine = void (*)(void* inputs);
 void* meet(const char* what, int line, const void* input, size_t bytes, Combine combine = nullptr);
 

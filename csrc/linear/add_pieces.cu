@@ -1,4 +1,5 @@
-// The sum of the pieces of K, in their order, plus the bias, rounded once: a kernel of its own, because atomics would add in any order.
+// The sum of the pieces of K, in their order, plus the bias, rounded once: a kernel of its own, because atomics would add in any
+// order.
 #include "decode.h"
 
 namespace gemma4::linear {

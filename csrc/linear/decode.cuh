@@ -108,7 +108,8 @@ struct Loader {
   }
 };
 
-// Sums of x over the 32 columns of each slot, which offsets are multiplied with: products with ones. A warp makes those of two slots.
+// Sums of x over the 32 columns of each slot, which offsets are multiplied with: products with ones. A warp makes those of two
+// slots.
 template <class Type, int TILES>
 __device__ __forceinline__ void sum_columns(const unsigned char* stage, unsigned char* column_sums) {
   using Layout = Stage<TILES, kOffsets>;
@@ -125,7 +126,8 @@ __device__ __forceinline__ void sum_columns(const unsigned char* stage, unsigned
       ptx::multiply<Type>(sum, {ONES, ONES, ONES, ONES}, {b.x, b.y}, sum);
       ptx::multiply<Type>(sum, {ONES, ONES, ONES, ONES}, {b.z, b.w}, sum);
       // All rows of the product are the same; the first has rows 2t and 2t + 1 of x in lane t.
-      if (g == 0) *reinterpret_cast<float2*>(column_sums + slot * Layout::kSumRow + (tile * kTileRows + 2 * t) * 4) = {sum[0], sum[1]};
+      unsigned char* place = column_sums + slot * Layout::kSumRow + (tile * kTileRows + 2 * t) * 4;
+      if (g == 0) *reinterpret_cast<float2*>(place) = {sum[0], sum[1]};
     }
   }
 }

@@ -109,8 +109,8 @@ gemma4_status check(const gemma4_linear_arguments* arguments) {
 
 int stages_of_weight(const gemma4_weight& w) { return int((w.k + kColumns - 1) / kColumns); }
 
-// Stages of a piece: K is halved until there are two blocks for every multiprocessor, or pieces get short. It depends on the weight's
-// shape and the device only, never on x.
+// Stages of a piece: K is halved until there are two blocks for every multiprocessor, or pieces get short. It depends on the
+// weight's shape and the device only, never on x.
 int piece_stages(const gemma4_weight& w, int multiprocessors) {
   const int64_t blocks = (w.n + kOutputs - 1) / kOutputs;
   int pieces = 1, stages = stages_of_weight(w);

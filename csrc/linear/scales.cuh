@@ -1,15 +1,15 @@
 // Scales and shifts of a stage, on their way from a weight's tensors to the fp32 that the main loop knows.
 //
-// A thread brings four slots of 32 columns of one row. `load` asks for them, a stage ahead; `scales` and `shifts` make of what has come
-// the words that lie in shared memory: fp32 scales, and offsets in fp32 or the pairs of numbers that take zero points away.
+// A thread brings four slots of 32 columns of one row. `load` asks for them, a stage ahead; `scale` and `shift` make of what has
+// come the words that lie in shared memory: fp32 scales, and offsets in fp32 or the pairs of numbers that take zero points away.
 #pragma once
 
 #include "stage.cuh"
 
 namespace gemma4::linear {
 
-// The group of 32 columns `block`, for groups of 32 * d columns: block / d as a multiplication. inverse = ceil(2^31 / d) is exact for
-// block * d < 2^31, and the C interface lets k go to 2^20.
+// The group of the 32 columns `block`, for groups of 32 * d columns: block / d as a multiplication. inverse = ceil(2^31 / d) is
+// exact for block * d < 2^31, and the C interface lets k go to 2^20.
 __device__ __forceinline__ uint32_t group_of(uint32_t block, uint32_t inverse) { return __umulhi(2 * block, inverse); }
 
 struct Fp16Scale {

@@ -79,8 +79,16 @@ struct Call {
   gemma4_linear_arguments arguments{};
 
   Call(const Shape& s, unsigned seed)
-      : shape(s), codes(s.n * s.k / 2), scales(s.n * (s.k / s.scale_columns()) * bytes_of(s.scale_dtype)), zeros(s.n * (s.k / s.group)),
-        offsets(scales.size), group_scales(s.six_bit ? s.n * (s.k / 256) * 12 : 0), table(64), x(2 * ((s.m - 1) * (s.k + s.x_padding) + s.k)), out(2 * ((s.m - 1) * (s.n + s.out_padding) + s.n)), bias(s.n * 4) {
+      : shape(s),
+        codes(s.n * s.k / 2),
+        scales(s.n * (s.k / s.scale_columns()) * bytes_of(s.scale_dtype)),
+        zeros(s.n * (s.k / s.group)),
+        offsets(scales.size),
+        group_scales(s.six_bit ? s.n * (s.k / 256) * 12 : 0),
+        table(64),
+        x(2 * ((s.m - 1) * (s.k + s.x_padding) + s.k)),
+        out(2 * ((s.m - 1) * (s.n + s.out_padding) + s.n)),
+        bias(s.n * 4) {
     std::mt19937 random(seed);
     std::normal_distribution<float> normal;
     for (size_t i = 0; i < codes.size; ++i) codes.data[i] = uint8_t(random());
@@ -224,7 +232,7 @@ int check_shapes() {
 
 // One field of a good call made wrong; each only once, because a pointer that is moved twice may be right again.
 void spoil(gemma4_linear_arguments& a, unsigned& spoiled, std::mt19937& random) {
-  const int64_t sizes[] = {INT64_MIN, -1, 0, 1, 7, 31, 32, 33, 64, 96, int64_t(1) << 20, int64_t(1) << 31, int64_t(1) << 40, INT64_MAX};
+  const int64_t one = 1, sizes[] = {INT64_MIN, -1, 0, 1, 7, 31, 32, 33, 64, 96, one << 20, one << 31, one << 40, INT64_MAX};
   const int64_t size = sizes[random() % std::size(sizes)];
   auto moved = [&](const void* pointer) -> const void* {
     const int by[] = {1, 2, 4, 8};
@@ -244,7 +252,11 @@ void spoil(gemma4_linear_arguments& a, unsigned& spoiled, std::mt19937& random) 
     case 5: a.weight.zeros = a.weight.values == GEMMA4_ZEROS ? nullptr : a.weight.codes; break;
     case 6: a.weight.scale_dtype = kind; break;
     case 7: a.weight.values = kind; break;
-    case 8: a.weight.values = GEMMA4_CENTRED; a.weight.zeros = a.weight.offsets = nullptr; a.weight.zero = random() % 2 ? 17 : -1; break;
+    case 8:
+      a.weight.values = GEMMA4_CENTRED;
+      a.weight.zeros = a.weight.offsets = nullptr;
+      a.weight.zero = random() % 2 ? 17 : -1;
+      break;
     case 9: a.m = size >= 0 && size <= 16 ? 17 : size; break;
     case 10: a.x_stride = size > 0 && size <= int64_t(1) << 40 ? size * 8 + 1 : size; break;
     case 11: a.out_stride = size >= a.weight.n ? INT64_MAX : size; break;
