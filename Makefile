@@ -15,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-plain test-interpreted lint bench speed gpu-check clean
+.PHONY: setup modules demo test test-plain test-interpreted lint bench speed gpu-check clean
 
 setup: $(READY)
 
@@ -27,6 +27,10 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --progress-bar off $(PIP_TORCH) --constraint constraints.txt torch==$(shell sed -n 's/^torch==//p' constraints.txt) numpy
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# The compiled modules, after a change in csrc/; without compilers it says so and is content.
+modules: $(READY)
+	$(BIN)/python csrc/build.py
 
 # mypy sees the package as it installs, with reference/ and bench/ inside.
 lint: $(READY)
@@ -41,10 +45,10 @@ demo: $(READY)
 	$(BIN)/python examples/write_text.py
 
 # Triton's kernels are compiled in one process and interpreted in another: which of the two is settled when Triton is imported.
-test: $(READY)
+test: modules
 	$(MAKE) --jobs=2 --output-sync=target test-plain test-interpreted
 
-test-plain: $(READY)
+test-plain: modules
 	$(BIN)/python -m pytest
 
 test-interpreted: $(READY)
@@ -64,4 +68,4 @@ speed: $(READY)
 	$(BIN)/python -m gemma4_kernels.bench.eager_generation
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info gemma4_kernels/*.so

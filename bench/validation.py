@@ -65,7 +65,8 @@ class Check:
 
 
 def replay_command(case: str, backend: str, device: str) -> str:
-    return f"gemma4-kernels validate --device {device} --backend {backend} --only {shlex.quote(case)}"
+    emulated = "--emulate " if backend == "cuda" and device == "cpu" else ""
+    return f"gemma4-kernels validate --device {device} --backend {backend} {emulated}--only {shlex.quote(case)}"
 
 
 def check_all(

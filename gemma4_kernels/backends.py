@@ -37,6 +37,9 @@ class Call:
     """"sm_86" and the like on CUDA devices, else the device type."""
     dtype: torch.dtype = torch.bfloat16
     head_dim: int = 0
+    scheme: str | None = None
+    """Of the weight, and the columns of its groups, where a call has one."""
+    group_size: int = 0
     features: frozenset[str] = frozenset()
     shape_class: str = "any"
     """Calls of one class take the same kernel; what was chosen is logged once for each."""

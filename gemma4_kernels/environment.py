@@ -17,6 +17,16 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").strip().lower() in ("1", "true", "on", "y", "yes")
 
 
+def emulates() -> bool:
+    """GEMMA4_EMULATE: CUDA kernels run on the CPU, thread by thread, where the cuda backend is asked for by name."""
+    return os.environ.get("GEMMA4_EMULATE", "").strip() == "1"
+
+
+def emulate() -> None:
+    """Set GEMMA4_EMULATE for this process."""
+    os.environ["GEMMA4_EMULATE"] = "1"
+
+
 def ollama_models() -> Path | None:
     """OLLAMA_MODELS: the folder where Ollama keeps its models, as Ollama itself reads it; None where it is not set."""
     value = os.environ.get("OLLAMA_MODELS", "").strip()

@@ -31,6 +31,8 @@ SANITIZED = (
     "k_eq_v_attention(sq=5,sk=65,hkv=1,d=512)",
     "flash_attn_varlen_func(hq=4,hkv=2,left=31,right=0,lengths=1:1+7:7+5:40,page=16)",
     "flash_attn_with_kvcache(sq=5,hq=4,hkv=2,left=31,right=0,lengths=5+7+40,page=16,new=5)",
+    "quantized_linear(m=5,n=70,k=416)",
+    "quantized_linear(m=16,n=70,k=768,scheme=Q4_K)",
 )
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ import torch
 from gemma4_kernels import backends, environment
 from gemma4_kernels._version import __version__
 from gemma4_kernels.cli import model_info
+from gemma4_kernels.cuda_common import support as cuda_support
 
 LIBRARIES = ("torch", "numpy", "triton", "transformers", "gguf")
 
@@ -62,7 +62,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "libraries": {name: _version(name) for name in LIBRARIES},
-        "compiled_module": _compiled_module(),
+        "compiled_modules": cuda_support.describe(),
         "torch_cuda_build": torch.version.cuda or "none",
         "environment": {"GEMMA4_BACKEND": environment.requested_backend() or "auto"},
         "devices": devices,
@@ -74,7 +74,7 @@ def collect() -> dict[str, Any]:
 def render(found: dict[str, Any]) -> str:
     lines = [f"gemma4_kernels {found['gemma4_kernels']}, Python {found['python']}, {found['platform']}", ""]
     rows = [(name, version) for name, version in found["libraries"].items()]
-    rows.append(("_C", found["compiled_module"]))
+    rows += list(found["compiled_modules"].items())
     rows += [(name, value) for name, value in found["environment"].items()]
     width = max(len(name) for name, _ in rows)
     lines += [f"  {name:<{width}}  {value}" for name, value in rows]
@@ -100,14 +100,6 @@ def _version(library: str) -> str:
         return "not installed"
     except Exception as error:
         return f"unknown ({_sentence(error)})"
-
-
-def _compiled_module() -> str:
-    try:
-        present = importlib.util.find_spec("gemma4_kernels._C") is not None
-    except Exception as error:
-        return f"unknown ({_sentence(error)})"
-    return "built" if present else "not built"
 
 
 def _devices() -> tuple[list[dict[str, str]], list[str]]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from gemma4_kernels import environment
 from gemma4_kernels._version import __version__
 from gemma4_kernels.backends import BACKENDS
 from gemma4_kernels.bench import machine
@@ -39,6 +40,9 @@ def add_parser(subparsers: Any) -> None:
         "--require", action="append", choices=BACKENDS, default=[], metavar="NAME",
         help="fail if this backend checks nothing here; may be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "--emulate", action="store_true", help="run CUDA kernels on the CPU, thread by thread (GEMMA4_EMULATE=1)"
+    )
     parser.add_argument("--list", action="store_true", help="print the selected cases, one a line, and stop")
     parser.add_argument("--json", action="store_true", help="print every check as JSON")
     parser.add_argument("-v", "--verbose", action="store_true", help="name each skipped case, not only their number")
@@ -56,6 +60,9 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.emulate:
+        environment.emulate()
+        arguments.device = arguments.device or "cpu"
     try:
         device = machine.known_device(arguments.device) if arguments.device else machine.default_device()
         cases = selected(arguments)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from gemma4_kernels import backends, checks
 from gemma4_kernels.backends import Call, Implementation
+from gemma4_kernels.cuda_common import support as cuda_support
+from gemma4_kernels.linear import cuda
 from gemma4_kernels.linear.weight import TENSORS, QuantizedWeight
 from gemma4_kernels.op_support import DECODE_ROWS, fp32_sums, refuse_backward
 from gemma4_kernels.triton_common import support
@@ -65,6 +67,8 @@ def describe(op: str, x: Tensor, weight: QuantizedWeight, dtype: torch.dtype | N
         architecture=backends.architecture_of(x.device),
         dtype=dtype or x.dtype,
         shape_class=f"{rows}, {weight.scheme}" if dtype is None else weight.scheme,
+        scheme=weight.scheme,
+        group_size=weight.group_size,
     )
 
 
@@ -119,3 +123,15 @@ for _op, _schema in SCHEMAS.items():
         )
     )
     backends.register(support.implementation(_op, f"gemma4_kernels.linear.triton.backend:{_op}", frozenset()))
+
+backends.register(
+    Implementation(
+        op="quantized_linear",
+        backend="cuda",
+        entry="gemma4_kernels.linear.cuda:quantized_linear",
+        dtypes=frozenset({torch.bfloat16, torch.float16}),
+        features=frozenset(),
+        refuses=cuda.refuses,
+        only_by_name=cuda_support.only_by_name,
+    )
+)

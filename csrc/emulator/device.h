@@ -1,0 +1,63 @@
+// What CUDA's own headers give a source file, for g++: the words of the language, the built-in variables and functions that our
+// kernels use. Everything that touches a kernel's memory is in here or in twins.h, where the sanitizers see it.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "collectives.h"
+#include "runtime.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __restrict__
+#define __launch_bounds__(...)
+
+#define threadIdx (::emulator::thread_index())
+#define blockIdx (::emulator::block_index())
+#define blockDim (::emulator::block_size())
+#define gridDim (::emulator::grid_size())
+
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+inline void __syncthreads(int line = __builtin_LINE()) { emulator::block_barrier(line); }
+inline void __syncwarp(int line = __builtin_LINE()) { emulator::warp_barrier(line); }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+// Four bytes of the eight in (y, x), each by the lowest three bits of its nibble. The fourth bit, which repeats a sign, has no twin.
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t bytes = uint64_t(y) << 32 | x;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    if (selector >> 4 * i & 8) emulator::fail("__byte_perm with a selector above 7");
+    result |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  }
+  return result;
+}
+template <class T>
+inline T __ldg(const T* address) {
+  return *address;
+}

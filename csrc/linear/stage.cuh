@@ -1,0 +1,79 @@
+// What the parts of the product share: its parameters, the two 16-bit types, and the map of a stage in shared memory.
+#pragma once
+
+#include "../common/device.cuh"
+
+namespace gemma4::linear {
+
+using ptx::Bf16;
+using ptx::Fp16;
+
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kOutputs = 16 * kWarps;      // of a block
+constexpr int kColumns = 256;              // of a stage
+constexpr int kSlots = kColumns / 32;      // scales of a row in a stage
+constexpr int kCodeBytes = kColumns / 2;   // of a row in a stage
+constexpr int kRowBytes = kColumns * 2;    // of x
+constexpr int kTileRows = 8;               // rows of x that one mma takes
+
+struct Parameters {
+  const unsigned char* codes;    // (n, k / 2)
+  const void* scales;            // (n, groups); six-bit: (n, k / 256) fp16
+  const void* shifts;            // offsets as scales, or zeros uint8 (n, groups), or null
+  const void* group_scales;      // six-bit: uint32 (n, k / 256, 3); int8: (n, groups)
+  const float* table;            // 16 numbers, or null
+  const unsigned char* x;
+  void* out;
+  const void* bias;              // (n), or null
+  float* partial;                // (pieces, m, n) fp32, or null where there is one piece
+  int64_t x_stride;              // bytes
+  int64_t out_stride;            // elements
+  int n, k, m, groups;
+  int piece_stages;              // stages of a piece; the last may have fewer
+  uint32_t group_inverse;        // see `group_of`
+  uint32_t zero;                 // of the whole weight
+  int bias_dtype;                // gemma4_dtype
+};
+
+// How a code becomes a value, in the numbers of gemma4_values.
+enum Values { kCentred = 0, kZeros = 1, kOffsets = 2, kTable = 3 };
+
+// What the two 16-bit types differ in. A code in the lowest bits of MAGIC is the number BASE + code, exactly.
+template <class Type>
+struct Numbers;
+template <>
+struct Numbers<Bf16> {
+  static constexpr uint32_t kMagic = 0x43004300;     // 128, whose last place counts ones
+  static constexpr uint32_t kMinusBase = 0xC3000000;  // -128; the same holds for its last place
+  static constexpr uint32_t kOnes = 0x3F803F80;
+};
+template <>
+struct Numbers<Fp16> {
+  static constexpr uint32_t kMagic = 0x64006400;  // 1024
+  static constexpr uint32_t kMinusBase = 0xE4000000;
+  static constexpr uint32_t kOnes = 0x3C003C00;
+};
+
+// The pair of numbers that takes base and zero point from a pair of codes with MAGIC: -(base + zero), twice.
+template <class Type>
+__device__ __forceinline__ uint32_t minus(uint32_t zero) {
+  return (Numbers<Type>::kMinusBase >> 16 | zero) * 0x10001u;
+}
+
+template <int TILES, Values VALUES>
+struct Stage {
+  static constexpr int kX = kOutputs * kCodeBytes;
+  static constexpr int kScales = kX + TILES * kTileRows * kRowBytes;
+  static constexpr int kShifts = kScales + kOutputs * kSlots * 4;
+  static constexpr bool kHasShifts = VALUES == kZeros || VALUES == kOffsets;
+  static constexpr int kBytes = kShifts + (kHasShifts ? kOutputs * kSlots * 4 : 0);
+  // More stages than two of 16 rows would leave room for one block only on a multiprocessor of sm_86.
+  static constexpr int kStages = TILES == 1 ? 3 : 2;
+  static constexpr int kRingBytes = kBytes * kStages;
+  // Behind the ring: sums of x over the columns of a slot, one for each row of x.
+  static constexpr int kSumRow = TILES * kTileRows * 4;
+  static constexpr int kSharedBytes = kRingBytes + (VALUES == kOffsets ? kSlots * kSumRow : 0);
+};
+
+}  // namespace gemma4::linear

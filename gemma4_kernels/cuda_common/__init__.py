@@ -1,0 +1,1 @@
+"""What all families do alike to call the compiled modules."""

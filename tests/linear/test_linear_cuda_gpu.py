@@ -1,0 +1,45 @@
+"""The compiled products on the GPU that is there: values and row bits at sizes of the model; streams and graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from linear_weights import random_weight
+from torch.nn.functional import linear
+
+from gemma4_kernels import quantized_linear, use_backend
+from gemma4_kernels.bench.errors import judge
+from gemma4_kernels.linear import cuda
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("shape", [(15360, 3840), (3840, 15360), (512, 3840), (70, 768)])
+@pytest.mark.parametrize("scheme", cuda.SERVED)
+def test_values_and_row_bits(scheme, shape):
+    weight = random_weight(scheme, shape).to("cuda")
+    dense = weight.dequantize()
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.randn(16, shape[1], generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+        with use_backend("cuda"):
+            together = quantized_linear(x, weight)
+            for first, last in ((0, 1), (9, 10), (3, 8), (5, 16)):
+                assert torch.equal(quantized_linear(x[first:last], weight), together[first:last])
+        verdict = judge(together, linear(x.double(), dense.double()), linear(x, dense.to(dtype)))
+        assert verdict.ok, str(verdict)
+
+
+def test_a_captured_graph_and_another_stream():
+    weight, x = random_weight("Q4_0", (512, 3840)).to("cuda"), torch.randn(3, 3840, device="cuda", dtype=torch.bfloat16)
+    with use_backend("cuda"):
+        expected = quantized_linear(x, weight)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            assert torch.equal(quantized_linear(x, weight), expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = quantized_linear(x, weight)
+        got.zero_()
+        graph.replay()
+        assert torch.equal(got, expected)
