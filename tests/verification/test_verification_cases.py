@@ -194,8 +194,14 @@ def held(case):
 
 # Baselines ----------------------------------------------------------------------------------------------------------
 
+NEEDS_TRANSFORMERS = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+BASELINES = [
+    pytest.param(name, marks=NEEDS_TRANSFORMERS) if name == "transformers" else name
+    for name in verification_baselines.NAMES
+]
 
-@pytest.mark.parametrize("name", verification_baselines.NAMES)
+
+@pytest.mark.parametrize("name", BASELINES)
 def test_greedy_tokens_of_a_baseline_are_the_same(name):
     for text in ("verify_drafts(b=5,v=90,temperature=0.0)", "sample_tokens(b=5,v=90,temperature=0.0)"):
         case = parse(text)
@@ -221,7 +227,7 @@ def probabilities(logits, top_k=0, top_p=1.0, min_p=0.0, temperature=1.0):
     return filters.survivors(logits, filters.Filters(*each), filters.usable(logits)).probabilities(logits.shape[-1])
 
 
-@pytest.mark.parametrize("name", verification_baselines.NAMES)
+@pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("method", ["match", "rejection"])
 @pytest.mark.parametrize(
     "settings", [{}, {"top_k": 4, "top_p": 0.9}, {"top_p": 0.8}, {"min_p": 0.2, "temperature": 0.7}], ids=str
@@ -240,6 +246,7 @@ def test_a_baseline_draws_from_the_targets_distribution(name, method, settings):
     assert chi_square_p(histogram(tokens[both, 1], 6), second) > REJECT_BELOW
 
 
+@NEEDS_TRANSFORMERS
 def test_mixed_filters_reach_the_baselines():
     case = parse("verify_drafts(b=7,v=64,mixed=1)")
     made = case.inputs()
@@ -281,6 +288,7 @@ class OneMillisecond:
         return 0.001
 
 
+@NEEDS_TRANSFORMERS
 @pytest.mark.parametrize("text", ["verify_drafts(b=2,v=90,top_k=5)", "verify_drafts(b=2,v=90,temperature=0.0)"])
 def test_a_case_is_timed_beside_its_baselines(text):
     """Sampled tokens of a baseline are others, and that is no fault of it."""
