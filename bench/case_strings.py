@@ -11,6 +11,10 @@ from typing import Any, TypeVar
 # on an excerpt.
 EXCERPT_ABOVE = 1e9
 
+QUICK = frozenset({"quick", "full"})
+BENCH, BENCH_QUICK = frozenset({"bench"}), frozenset({"bench", "bench-quick"})
+"""Tags of cases for correctness that are quick too, of cases that are worth timing, and of those that are timed quickly."""
+
 T = TypeVar("T")
 
 

@@ -24,7 +24,7 @@ import gemma4_kernels
 from gemma4_kernels.bench import attention_work, baselines
 from gemma4_kernels.bench import inputs as draw
 from gemma4_kernels.bench.attention_calls import DTYPES, INPUTS, Inputs, Result, evaluate, key_lengths, row_counts
-from gemma4_kernels.bench.case_strings import EXCERPT_ABOVE, CaseString, each_once
+from gemma4_kernels.bench.case_strings import BENCH, BENCH_QUICK, EXCERPT_ABOVE, QUICK, CaseString, each_once
 from gemma4_kernels.bench.linear_cases import LINEAR_OPS, LinearCase, linear_bench_cases, linear_cases
 from gemma4_kernels.bench.verification_cases import CASES_OF as VERIFICATION
 from gemma4_kernels.bench.verification_cases import verification_bench_cases, verification_cases
@@ -273,7 +273,6 @@ def parse(text: str) -> Any:
 # The list ----------------------------------------------------------------------------------------------------------------
 
 _SLIDING, _FULL = GEMMA4_12B.sliding, GEMMA4_12B.full
-_QUICK = frozenset({"quick", "full"})
 # Around tile edges, and around the sliding window.
 _LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 130)
 _WINDOW_LENGTHS = (1022, 1023, 1024, 1025, 1030)
@@ -294,12 +293,12 @@ def _full(op: str, **changes: Any) -> AttentionCase:
 def _attention() -> Iterator[AttentionCase]:
     # Both kinds of layers of the 12B, prefill and decode, every dtype.
     for dtype in ("bf16", "fp16", "fp32"):
-        yield _sliding("flash_attn_func", sq=130, sk=130, dtype=dtype, tags=_QUICK)
-        yield _sliding("flash_attn_func", sq=5, sk=1030, dtype=dtype, tags=_QUICK)
-        yield _full("flash_attn_func", sq=130, sk=130, dtype=dtype, tags=_QUICK)
-        yield _full("flash_attn_func", sq=5, sk=1030, dtype=dtype, tags=_QUICK)
-        yield _full("k_eq_v_attention", sq=130, sk=130, dtype=dtype, tags=_QUICK)
-        yield _full("k_eq_v_attention", sq=5, sk=1030, dtype=dtype, tags=_QUICK)
+        yield _sliding("flash_attn_func", sq=130, sk=130, dtype=dtype, tags=QUICK)
+        yield _sliding("flash_attn_func", sq=5, sk=1030, dtype=dtype, tags=QUICK)
+        yield _full("flash_attn_func", sq=130, sk=130, dtype=dtype, tags=QUICK)
+        yield _full("flash_attn_func", sq=5, sk=1030, dtype=dtype, tags=QUICK)
+        yield _full("k_eq_v_attention", sq=130, sk=130, dtype=dtype, tags=QUICK)
+        yield _full("k_eq_v_attention", sq=5, sk=1030, dtype=dtype, tags=QUICK)
     # Lengths around tile edges, few and many rows, aligned at the bottom right.
     for sk in _LENGTHS:
         yield _sliding("flash_attn_func", sq=sk, sk=sk, left=31)
@@ -312,12 +311,12 @@ def _attention() -> Iterator[AttentionCase]:
         yield _full("k_eq_v_attention", sq=5, sk=sk)
     # One key short of a tile's edge on the right, and a tile that the left edge cuts for the last rows only; in fp32, where a
     # key too many shows.
-    yield AttentionCase("flash_attn_func", sq=2, sk=64, hq=4, hkv=2, d=64, right=0, dtype="fp32", tags=_QUICK)
-    yield AttentionCase("flash_attn_func", sq=5, sk=130, hq=4, hkv=2, d=64, left=63, right=0, dtype="fp32", tags=_QUICK)
+    yield AttentionCase("flash_attn_func", sq=2, sk=64, hq=4, hkv=2, d=64, right=0, dtype="fp32", tags=QUICK)
+    yield AttentionCase("flash_attn_func", sq=5, sk=130, hq=4, hkv=2, d=64, left=63, right=0, dtype="fp32", tags=QUICK)
     # A block that ends more than a thousand keys before the last one.
     yield AttentionCase("flash_attn_func", sq=1300, sk=1300, hq=1, hkv=1, d=16, left=15, right=0, blocks="5-600")
     # More query rows than keys: the first rows see nothing.
-    yield AttentionCase("flash_attn_func", sq=9, sk=4, hq=4, hkv=2, d=64, right=0, tags=_QUICK)
+    yield AttentionCase("flash_attn_func", sq=9, sk=4, hq=4, hkv=2, d=64, right=0, tags=QUICK)
     yield AttentionCase("flash_attn_func", sq=40, sk=20, hq=4, hkv=2, d=64, right=0)
     yield AttentionCase("flash_attn_func", sq=3, sk=0, hq=4, hkv=2, d=64)
     yield _full("k_eq_v_attention", sq=9, sk=4)
@@ -334,11 +333,11 @@ def _attention() -> Iterator[AttentionCase]:
     for blocks in ("5-20", "5-20+20-40+90-130", "60-140", "130-160", "pad7+20-60", "pad40"):
         yield _sliding("flash_attn_func", sq=160, sk=160, left=31, blocks=blocks, hq=4, hkv=2, d=64)
         yield _sliding("flash_attn_func", sq=12, sk=160, left=31, blocks=blocks, hq=4, hkv=2, d=64)
-    yield _sliding("flash_attn_func", b=2, sq=700, sk=700, blocks="100-380+400-680", hq=2, hkv=1, tags=_QUICK)
+    yield _sliding("flash_attn_func", b=2, sq=700, sk=700, blocks="100-380+400-680", hq=2, hkv=1, tags=QUICK)
     # Requests of different lengths; pages in scrambled order with a partial last one; rows appended by the call.
     ragged = "1:1+7:7+130:130+5:40+1:70"
     for page in (0, 16, 32, 64):
-        tags = _QUICK if page == 16 else frozenset({"full"})
+        tags = QUICK if page == 16 else frozenset({"full"})
         yield _sliding("flash_attn_varlen_func", lengths=ragged, left=31, page=page, tags=tags)
         yield _full("flash_attn_varlen_func", lengths=ragged, page=page)
         yield _sliding("flash_attn_with_kvcache", sq=1, lengths="1+7+130+40", left=31, page=page, tags=tags)
@@ -366,33 +365,30 @@ def _attention() -> Iterator[AttentionCase]:
                 yield AttentionCase("flash_attn_with_kvcache", blocks=blocks, page=page, new=new, **cache)
 
 
-_BENCH, _BENCH_QUICK = frozenset({"bench"}), frozenset({"bench", "bench-quick"})
-
-
 def _attention_bench() -> Iterator[AttentionCase]:
     """What a 12B does in service: prefill, decode, verification of four drafts; both kinds of layers."""
     for tokens in (512, 1024, 2048, 4096, 8192, 16384, 32768):
-        tags = _BENCH_QUICK if tokens == 512 else _BENCH
+        tags = BENCH_QUICK if tokens == 512 else BENCH
         yield _sliding("flash_attn_func", sq=tokens, sk=tokens, tags=tags)
-        yield _full("flash_attn_func", sq=tokens, sk=tokens, tags=_BENCH)
+        yield _full("flash_attn_func", sq=tokens, sk=tokens, tags=BENCH)
         yield _full("k_eq_v_attention", sq=tokens, sk=tokens, tags=tags)
     for rows in (1, 5):
         for b in (1, 4, 16):
             # A sliding layer reads its window and no more: 32K of cache must cost what 1K costs.
             for sk in (1024, 32768):
-                tags = _BENCH_QUICK if sk == 1024 and (b == 1 or (b, rows) == (4, 1)) else _BENCH
+                tags = BENCH_QUICK if sk == 1024 and (b == 1 or (b, rows) == (4, 1)) else BENCH
                 yield _sliding("flash_attn_func", b=b, sq=rows, sk=sk, tags=tags)
             for sk in (1024, 4096, 16384, 65536, 262144):
-                tags = _BENCH_QUICK if sk == 4096 and b == 1 else _BENCH
+                tags = BENCH_QUICK if sk == 4096 and b == 1 else BENCH
                 yield _full("flash_attn_func", b=b, sq=rows, sk=sk, tags=tags)
                 yield _full("k_eq_v_attention", b=b, sq=rows, sk=sk, tags=tags)
     # Pages, as servers keep them.
     for rows in (1, 5):
         for page in (16, 64):
             lengths = "+".join(["16384"] * 4)
-            yield _full("flash_attn_with_kvcache", sq=rows, lengths=lengths, page=page, tags=_BENCH)
-            yield _full("k_eq_v_attention", sq=rows, lengths=lengths, page=page, tags=_BENCH)
-            yield _sliding("flash_attn_with_kvcache", sq=rows, lengths="+".join(["2048"] * 4), page=page, tags=_BENCH)
+            yield _full("flash_attn_with_kvcache", sq=rows, lengths=lengths, page=page, tags=BENCH)
+            yield _full("k_eq_v_attention", sq=rows, lengths=lengths, page=page, tags=BENCH)
+            yield _sliding("flash_attn_with_kvcache", sq=rows, lengths="+".join(["2048"] * 4), page=page, tags=BENCH)
 
 
 @lru_cache

@@ -21,7 +21,7 @@ import gemma4_kernels
 from gemma4_kernels.bench import inputs as draw
 from gemma4_kernels.bench import linear_baselines
 from gemma4_kernels.bench.attention_calls import DTYPES, Inputs
-from gemma4_kernels.bench.case_strings import EXCERPT_ABOVE, CaseString, each_once
+from gemma4_kernels.bench.case_strings import BENCH, BENCH_QUICK, EXCERPT_ABOVE, QUICK, CaseString, each_once
 from gemma4_kernels.bench.linear_inputs import default_group, random_weight, weight_bytes
 from gemma4_kernels.checks import ShapeError
 from gemma4_kernels.geometry import GEMMA4_12B
@@ -199,8 +199,6 @@ def _logits(x: Tensor, weight: QuantizedWeight) -> Tensor:
 
 # The list ----------------------------------------------------------------------------------------------------------------
 
-_QUICK = frozenset({"quick", "full"})
-_BENCH, _BENCH_QUICK = frozenset({"bench"}), frozenset({"bench", "bench-quick"})
 _COMMON = ("Q4_0", "W4A16", "Q4_K", "Q6_K")
 
 
@@ -215,7 +213,7 @@ def _linear() -> Iterator[LinearCase]:
         base = LinearCase("quantized_linear", n=70, k=_columns(scheme), scheme=scheme)
         for place, m in enumerate((1, 5, 16, 17, 300)):
             dtype = dtypes[(number + place) % 3]
-            tags = _QUICK if scheme in _COMMON and m in (1, 17) else frozenset({"full"})
+            tags = QUICK if scheme in _COMMON and m in (1, 17) else frozenset({"full"})
             yield replace(base, m=m, dtype=dtype, bias=int(m == 5), tags=tags)
         yield replace(base, op="quantized_geglu", m=(1, 5, 40)[number % 3], dtype=dtypes[number % 3])
         yield replace(base, op="quantized_argmax", m=(1, 5, 40)[number % 3], n=999)
@@ -223,9 +221,9 @@ def _linear() -> Iterator[LinearCase]:
     # Outputs that PyTorch's own 4-bit kernel takes, every dtype, few and many rows.
     for dtype in dtypes:
         for m in (1, 5, 64):
-            yield LinearCase("quantized_linear", m=m, n=96, k=416, dtype=dtype, tags=_QUICK)
+            yield LinearCase("quantized_linear", m=m, n=96, k=416, dtype=dtype, tags=QUICK)
             yield LinearCase("quantized_linear", m=m, n=96, k=416, dtype=dtype, scheme="W4A16", group=416)
-        yield LinearCase("quantized_geglu", m=5, n=96, k=416, dtype=dtype, tags=_QUICK)
+        yield LinearCase("quantized_geglu", m=5, n=96, k=416, dtype=dtype, tags=QUICK)
     for group in (32, 64, 128):
         yield LinearCase("quantized_linear", m=5, n=70, k=640, scheme="W4A16", group=group)
         yield LinearCase("quantized_linear", m=5, n=70, k=640, scheme="MLX", group=group)
@@ -234,8 +232,8 @@ def _linear() -> Iterator[LinearCase]:
         yield LinearCase("quantized_linear", m=m, n=70, k=416, scheme="GPTQ", shuffled=1)
         yield LinearCase("quantized_linear", m=m, n=40, k=4512)
     yield LinearCase("quantized_embedding", m=9, n=70, k=416, scheme="GPTQ", shuffled=1)
-    yield LinearCase("quantized_argmax", m=3, n=5003, k=512, scheme="Q6_K", tags=_QUICK)
-    yield LinearCase("quantized_embedding", m=33, n=70, k=512, scheme="Q6_K", tags=_QUICK)
+    yield LinearCase("quantized_argmax", m=3, n=5003, k=512, scheme="Q6_K", tags=QUICK)
+    yield LinearCase("quantized_embedding", m=33, n=70, k=512, scheme="Q6_K", tags=QUICK)
     for op in LINEAR_OPS:
         yield LinearCase(op, m=0)
     yield LinearCase("quantized_linear", m=3, n=1, k=32)
@@ -264,15 +262,15 @@ def _linear_bench() -> Iterator[LinearCase]:
         for n, k in dict.fromkeys(shapes.values()):
             for scheme in ("Q4_0", "W4A16", "Q4_K"):
                 quick = (n, k) == shapes["sliding o"] and m in (1, 5)
-                tags = _BENCH_QUICK if quick else _BENCH
+                tags = BENCH_QUICK if quick else BENCH
                 yield LinearCase("quantized_linear", m=m, n=n, k=k, scheme=scheme, tags=tags)
         for scheme in ("Q4_0", "Q4_K"):
             n, k = shapes["gate or up"]
-            yield LinearCase("quantized_geglu", m=m, n=n, k=k, scheme=scheme, tags=_BENCH)
+            yield LinearCase("quantized_geglu", m=m, n=n, k=k, scheme=scheme, tags=BENCH)
         if m <= 64:
             for op in ("quantized_linear", "quantized_argmax"):
-                yield LinearCase(op, m=m, n=head[0], k=head[1], scheme="Q6_K", tags=_BENCH)
-        yield LinearCase("quantized_embedding", m=m, n=head[0], k=head[1], scheme="Q6_K", tags=_BENCH)
+                yield LinearCase(op, m=m, n=head[0], k=head[1], scheme="Q6_K", tags=BENCH)
+        yield LinearCase("quantized_embedding", m=m, n=head[0], k=head[1], scheme="Q6_K", tags=BENCH)
 
 
 @lru_cache

@@ -19,7 +19,7 @@ from torch import Tensor
 import gemma4_kernels
 from gemma4_kernels.bench import verification_baselines
 from gemma4_kernels.bench.attention_calls import DTYPES, Inputs
-from gemma4_kernels.bench.case_strings import CaseString, each_once
+from gemma4_kernels.bench.case_strings import BENCH, BENCH_QUICK, QUICK, CaseString, each_once
 from gemma4_kernels.bench.verification_inputs import FILTERS, KINDS, draw_inputs, expected, inside
 from gemma4_kernels.geometry import GEMMA4_12B
 
@@ -172,8 +172,6 @@ class SamplingCase(VerificationCase):
 
 # The list ----------------------------------------------------------------------------------------------------------------
 
-_QUICK = frozenset({"quick", "full"})
-_BENCH, _BENCH_QUICK = frozenset({"bench"}), frozenset({"bench", "bench-quick"})
 _EACH_FILTER: tuple[dict[str, Any], ...] = (
     {}, {"temperature": 0.0}, {"temperature": 0.6}, {"top_k": 1}, {"top_k": 64}, {"top_p": 0.9}, {"top_p": 0.0},
     {"min_p": 0.05}, {"softcap": 30.0}, {"top_k": 64, "top_p": 0.95},
@@ -197,17 +195,17 @@ def _verification() -> Iterator[VerificationCase]:
     for number, filters in enumerate(_EACH_FILTER):
         dtype = ("bf16", "fp16", "fp32")[number % 3]
         for method in METHODS:
-            tags = _QUICK if filters in ({}, _RECOMMENDED) else frozenset({"full"})
+            tags = QUICK if filters in ({}, _RECOMMENDED) else frozenset({"full"})
             yield _verify(b=3, v=1003, method=method, dtype=dtype, tags=tags, **filters)
-        yield _sample(b=3, v=1003, dtype=dtype, tags=_QUICK, **filters)
+        yield _sample(b=3, v=1003, dtype=dtype, tags=QUICK, **filters)
         yield _sample(b=2, v=5003, dtype=dtype, stream="draft", **filters)
         yield _verify(b=2, v=5003, dtype=dtype, **filters)
     # Many samples whose filter removes much: one that keeps a little more or less is found out.
     for filters in ({"top_k": 20}, {"top_p": 0.5}, {"min_p": 0.2}, {"temperature": 3.0, "softcap": 5.0}):
-        yield _verify(b=32, k=1, v=300, kind="normal", acceptance=1.0, tags=_QUICK, **filters)
+        yield _verify(b=32, k=1, v=300, kind="normal", acceptance=1.0, tags=QUICK, **filters)
     # Sizes of the vocabulary, numbers of drafts.
     for number, v in enumerate(_VOCABULARIES):
-        yield _verify(b=2, k=2, v=v, tags=_QUICK)
+        yield _verify(b=2, k=2, v=v, tags=QUICK)
         yield _sample(b=2, v=v, **_RECOMMENDED)
         yield _verify(b=2, k=2, v=v, method=METHODS[1 + number % 2], dtype="fp32", top_p=0.8)
     for k in range(9):
@@ -222,11 +220,11 @@ def _verification() -> Iterator[VerificationCase]:
         yield _verify(b=3, v=515, method=method, sure=1, **_RECOMMENDED)
         yield _verify(b=3, v=515, method=method, sure=1)
         # Requests that differ in everything.
-        yield _verify(b=9, v=777, method=method, mixed=1, tags=_QUICK)
-        yield _verify(b=9, v=777, method=method, mixed=1, ragged=1, eos=1, strided=1, dtype="fp32", tags=_QUICK)
+        yield _verify(b=9, v=777, method=method, mixed=1, tags=QUICK)
+        yield _verify(b=9, v=777, method=method, mixed=1, ragged=1, eos=1, strided=1, dtype="fp32", tags=QUICK)
         yield _verify(b=8, k=7, v=129, method=method, ragged=1, eos=1, acceptance=0.9)
         yield _verify(b=3, v=2500, method=method, strided=1, **_RECOMMENDED)
-    yield _sample(b=9, v=777, mixed=1, tags=_QUICK)
+    yield _sample(b=9, v=777, mixed=1, tags=QUICK)
     yield _sample(b=9, v=3001, mixed=1, strided=1)
     # Logits that few models have.
     for kind in KINDS[1:]:
@@ -238,7 +236,7 @@ def _verification() -> Iterator[VerificationCase]:
     yield _sample(b=0)
     # Gemma's vocabulary.
     vocab_size = GEMMA4_12B.vocab_size
-    yield _verify(k=2, v=vocab_size, tags=_QUICK, **_RECOMMENDED)
+    yield _verify(k=2, v=vocab_size, tags=QUICK, **_RECOMMENDED)
     for filters in ({}, {"top_p": 0.95}, {"min_p": 0.05}, {"temperature": 0.0}):
         yield _sample(v=vocab_size, **filters)
     yield _verify(k=1, v=vocab_size, method="block", acceptance=0.9, **_RECOMMENDED)
@@ -250,11 +248,11 @@ def _verification_bench() -> Iterator[VerificationCase]:
     vocab_size = GEMMA4_12B.vocab_size
     for b in (1, 4, 16, 64):
         for filters in ({"temperature": 0.0}, {}, _RECOMMENDED, {"top_p": 0.95}, {"min_p": 0.05}):
-            tags = _BENCH_QUICK if b == 1 and filters in ({"temperature": 0.0}, _RECOMMENDED) else _BENCH
+            tags = BENCH_QUICK if b == 1 and filters in ({"temperature": 0.0}, _RECOMMENDED) else BENCH
             yield _verify(b=b, v=vocab_size, acceptance=1.0, tags=tags, **filters)
-        yield _sample(b=b, v=vocab_size, tags=_BENCH, **_RECOMMENDED)
+        yield _sample(b=b, v=vocab_size, tags=BENCH, **_RECOMMENDED)
         for method in METHODS[1:]:
-            yield _verify(b=b, v=vocab_size, method=method, acceptance=0.9, tags=_BENCH, **_RECOMMENDED)
+            yield _verify(b=b, v=vocab_size, method=method, acceptance=0.9, tags=BENCH, **_RECOMMENDED)
 
 
 @lru_cache
