@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 LayerKind = Literal["sliding", "full"]
+LAYER_TYPE: dict[LayerKind, str] = {"sliding": "sliding_attention", "full": "full_attention"}
+"""What transformers calls the two kinds of layers, in configurations, masks and shared keys and values."""
+KIND_OF: dict[str, LayerKind] = {layer_type: kind for kind, layer_type in LAYER_TYPE.items()}
 
 
 @dataclass(frozen=True)

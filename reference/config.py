@@ -10,12 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gemma4_kernels.geometry import AttentionGeometry, LayerKind, ModelGeometry
-
-LAYER_TYPE: dict[LayerKind, str] = {"sliding": "sliding_attention", "full": "full_attention"}
-"""What transformers calls the two kinds of layers, in its mask and shared-K/V dictionaries too."""
-
-_KIND: dict[str, LayerKind] = {"sliding_attention": "sliding", "full_attention": "full"}
+from gemma4_kernels.geometry import KIND_OF, LAYER_TYPE, AttentionGeometry, LayerKind, ModelGeometry
 
 
 @dataclass(frozen=True)
@@ -118,7 +113,7 @@ class ReferenceConfig:
         """
         text = getattr(config, "text_config", None) or config
         _refuse_unknown(text)
-        kinds = tuple(_KIND[layer_type] for layer_type in text.layer_types)
+        kinds = tuple(KIND_OF[layer_type] for layer_type in text.layer_types)
         multimodal = text is not config
         result = cls(
             vocab_size=text.vocab_size,
@@ -188,8 +183,8 @@ def _refuse_unknown(text: Any) -> None:
         "hidden_size_per_layer_input": (getattr(text, "hidden_size_per_layer_input", 0), (0, None)),
     }
     for layer_type in set(text.layer_types):
-        if layer_type not in _KIND:
-            raise ValueError(f"layer_types: expected {sorted(_KIND)}, got {layer_type!r}")
+        if layer_type not in KIND_OF:
+            raise ValueError(f"layer_types: expected {sorted(KIND_OF)}, got {layer_type!r}")
         rope = text.rope_parameters[layer_type]
         name = f"rope_parameters[{layer_type!r}]"
         refused[f"{name}['rope_type']"] = (rope["rope_type"], ("default", "proportional"))

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gemma4_kernels.geometry import LayerKind
-from gemma4_kernels.reference.config import LAYER_TYPE, DrafterConfig
+from gemma4_kernels.geometry import LAYER_TYPE, LayerKind
+from gemma4_kernels.reference.config import DrafterConfig
 from gemma4_kernels.reference.decoder import TextModel
 from gemma4_kernels.reference.loading import load_copy, tie_head
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemma4_kernels.geometry import LayerKind
+from gemma4_kernels.geometry import LAYER_TYPE, LayerKind
 from gemma4_kernels.reference.cache import ReferenceCache
-from gemma4_kernels.reference.config import LAYER_TYPE, ReferenceConfig
+from gemma4_kernels.reference.config import ReferenceConfig
 from gemma4_kernels.reference.decoder import TextModel
 from gemma4_kernels.reference.embedders import MultimodalModel
 from gemma4_kernels.reference.layers import softcap

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gemma4_kernels.geometry import LayerKind
+from gemma4_kernels.geometry import LAYER_TYPE, LayerKind
 from gemma4_kernels.reference.cache import ReferenceCache
-from gemma4_kernels.reference.config import LAYER_TYPE
 
 if TYPE_CHECKING:
     from gemma4_kernels.reference.model import ReferenceModel, ReferenceOutput

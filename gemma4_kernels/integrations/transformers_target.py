@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 
 from gemma4_kernels import checks
 from gemma4_kernels.attention.api import flash_attn_func
+from gemma4_kernels.geometry import KIND_OF
 from gemma4_kernels.mtp.cache import CachedLayer, SpeculativeCache
 from gemma4_kernels.mtp.rows import SharedRows
 from gemma4_kernels.mtp.target import Pass
@@ -29,7 +30,6 @@ _OWN_INPUTS = {
     "per_layer_inputs", "position_ids", "return_dict", "use_cache",
 }  # fmt: skip
 """What a pass sets itself, or what has no place in generation."""
-_KINDS = {"sliding_attention": "sliding", "full_attention": "full"}
 
 
 class TransformersTarget:
@@ -52,7 +52,7 @@ class TransformersTarget:
         self.model = model
         self.config = model.config.get_text_config()
         kinds = getattr(self.config, "layer_types", None)
-        if kinds is None or not set(kinds) <= _KINDS.keys() or not hasattr(self.config, "num_kv_shared_layers"):
+        if kinds is None or not set(kinds) <= KIND_OF.keys() or not hasattr(self.config, "num_kv_shared_layers"):
             raise ValueError(
                 f"TransformersTarget: model must be a Gemma 4 model of transformers, got {type(model).__name__}"
             )
@@ -65,7 +65,7 @@ class TransformersTarget:
         num_own = len(kinds) - (self.config.num_kv_shared_layers or 0)
         last = {kind: index for index, kind in enumerate(kinds[:num_own])}  # the last owner of each kind
         self._owner = [index if index < num_own else last[kind] for index, kind in enumerate(kinds)]
-        self._shared = {_KINDS[kind]: index for kind, index in last.items()}
+        self._shared = {KIND_OF[kind]: index for kind, index in last.items()}
         self._layers = {index: self._cached_layer(index, values_only) for index in range(num_own)}
         self.max_rows = max_rows
         if max_rows is not None:

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma4_kernels.attention.ops import MAX_HEAD_DIM
-from gemma4_kernels.geometry import AttentionGeometry, LayerKind
-
-LAYER_TYPES: dict[str, LayerKind] = {"sliding_attention": "sliding", "full_attention": "full"}
-"""transformers' names of the two kinds of layers."""
+from gemma4_kernels.geometry import KIND_OF, AttentionGeometry, LayerKind
 
 # What a config.json may leave out: defaults that all of transformers' Gemma 4 text configurations have in common.
 _ROPE: dict[str, dict[str, Any]] = {
@@ -108,12 +105,10 @@ class DrafterConfig:
         _refuse_unknown(text)
         layer_types = _need(text, "layer_types")
         known = isinstance(layer_types, (list, tuple)) and all(
-            isinstance(name, str) and name in LAYER_TYPES for name in layer_types
+            isinstance(name, str) and name in KIND_OF for name in layer_types
         )
         if not known or not layer_types:
-            raise ValueError(
-                f"layer_types: expected a list of {' and '.join(LAYER_TYPES)}, got {str(layer_types)[:80]}"
-            )
+            raise ValueError(f"layer_types: expected a list of {' and '.join(KIND_OF)}, got {str(layer_types)[:80]}")
         if text.get("num_kv_shared_layers") not in (None, 0, len(layer_types)):
             raise ValueError(
                 f"num_kv_shared_layers: expected {len(layer_types)}, all layers, got {str(text['num_kv_shared_layers'])[:40]}"
@@ -125,7 +120,7 @@ class DrafterConfig:
             hidden_size=_need(text, "hidden_size"),
             intermediate_size=wide * _whole("intermediate_size", _need(text, "intermediate_size"), _LARGEST),
             target_hidden_size=_need(config, "backbone_hidden_size"),
-            layers=tuple(LAYER_TYPES[name] for name in layer_types),
+            layers=tuple(KIND_OF[name] for name in layer_types),
             sliding=_geometry(text, layer_types, sizes, "sliding_attention"),
             full=_geometry(text, layer_types, sizes, "full_attention"),
             eps=_positive("rms_norm_eps", text.get("rms_norm_eps", 1e-6)),
