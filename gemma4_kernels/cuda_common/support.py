@@ -16,12 +16,10 @@ import torch
 
 from gemma4_kernels import environment
 from gemma4_kernels.backends import Call
+from gemma4_kernels.op_support import refuses_architecture
 
 ABI_VERSION = 1  # GEMMA4_ABI_VERSION of the header that this package was written with
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # gemma4_dtype
-
-# Tensor cores that multiply bf16, and copies that go past the registers (cp.async), begin there.
-OLDEST_ARCHITECTURE = 80
 
 
 @lru_cache
@@ -75,12 +73,10 @@ def refuses(call: Call) -> str | None:
     module = _load("_C")
     if isinstance(module, str):
         return module
-    number = call.architecture.removeprefix("sm_")
-    if not number.isdigit():
-        return f"is written for NVIDIA cards, not for {call.architecture}"
-    if int(number) < OLDEST_ARCHITECTURE:
-        return f"needs sm_{OLDEST_ARCHITECTURE} or newer, this is {call.architecture}"
-    return _no_machine_code(int(number), [int(built) for built in module.architectures().split()]) or _driver_problem()
+    if reason := refuses_architecture(call):
+        return reason
+    number = int(call.architecture.removeprefix("sm_"))
+    return _no_machine_code(number, [int(built) for built in module.architectures().split()]) or _driver_problem()
 
 
 def only_by_name(call: Call) -> str | None:

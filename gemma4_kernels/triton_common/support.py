@@ -9,9 +9,7 @@ import torch
 
 from gemma4_kernels import environment
 from gemma4_kernels.backends import Call, Implementation
-
-# Tensor cores that multiply bf16, and loads that go past the registers (cp.async), begin there.
-OLDEST_ARCHITECTURE = 80
+from gemma4_kernels.op_support import refuses_architecture
 
 
 @lru_cache
@@ -30,12 +28,7 @@ def refuses(call: Call) -> str | None:
         return f"runs on cuda, not on {call.device_type}"
     if environment.triton_interprets():
         return "TRITON_INTERPRET is set: kernels are interpreted, on CPU tensors only"
-    number = call.architecture.removeprefix("sm_")
-    if not number.isdigit():
-        return f"is written for NVIDIA cards, not for {call.architecture}"
-    if int(number) < OLDEST_ARCHITECTURE:
-        return f"needs sm_{OLDEST_ARCHITECTURE} or newer, this is {call.architecture}"
-    return None
+    return refuses_architecture(call)
 
 
 def only_by_name(call: Call) -> str | None:
