@@ -58,12 +58,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"gemma4-kernels generate: needs transformers, which cannot be imported: {error}", file=sys.stderr)
         return 2
     from gemma4_kernels import mtp, open_weights, replace_linear
+    from gemma4_kernels.bench import machine
     from gemma4_kernels.integrations.transformers_target import TransformersTarget
 
-    device = torch.device(arguments.device or _best_device(torch))
     dtype = getattr(torch, arguments.dtype)
     transformers.utils.logging.disable_progress_bar()
     try:
+        device = machine.known_device(arguments.device) if arguments.device else machine.default_device()
         tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
         model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(device).eval()
         if arguments.weights:
@@ -101,8 +102,8 @@ class _Printer:
     def __call__(self, update: Any) -> None:
         tokens = self.tokens[update.request]
         tokens += update.tokens
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         if self.count == 1:
+            text = self._decoded(tokens)
             # The last character may be half of one that the next token completes.
             ready = text if update.finish_reason else text.rstrip("\ufffd")
             self._clear()
@@ -112,7 +113,7 @@ class _Printer:
                 self.printed = ready
         elif update.finish_reason:
             self._clear()
-            print(f"[{update.request}] {text}\n", flush=True)
+            print(f"[{update.request}] {self._decoded(tokens)}\n", flush=True)
         if self.live:
             statistics = update.statistics
             shown = f"{statistics.tokens} tokens"
@@ -121,6 +122,9 @@ class _Printer:
             if sum(statistics.offered):
                 shown += f", {statistics.acceptance:.0%} of the drafts accepted"
             self._status(shown)
+
+    def _decoded(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _clear(self) -> None:
         if self.live:
@@ -143,9 +147,3 @@ def _tokens(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
         text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return list(tokenizer(prompt)["input_ids"])
-
-
-def _best_device(torch: Any) -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

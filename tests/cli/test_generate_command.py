@@ -119,10 +119,12 @@ def test_what_is_wrong_is_said_in_one_line(command, folders, tmp_path):
         (f"{tmp_path}/nothing w5", "nothing"),
         (f"{folders}/target w5 --drafter {tmp_path}", "config.json"),
         (f"{folders}/target w5 --weights {tmp_path}/none.gguf", "is neither a file nor a folder"),
+        (f"{folders}/target w5 --device tpu", "device must be cpu, cuda, cuda:N or mps, got 'tpu'"),
         (f"{folders}/target w5 -n 0", "max_new_tokens must be at least 1"),
         (f"{folders}/target w5 --top-p 3 -t 1", "top_p must be from 0 to 1"),
     ):
-        answer = command(f"gemma4-kernels generate {line} --dtype float32 --device cpu")
+        device = "" if "--device" in line else "--device cpu"
+        answer = command(f"gemma4-kernels generate {line} --dtype float32 {device}")
         assert answer.status == 2
         assert said in answer.err
         assert "Traceback" not in answer.err
