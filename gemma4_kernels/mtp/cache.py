@@ -117,10 +117,10 @@ class SpeculativeCache:
             table = self._table(kind)
             keep = self._capacity if kind == "sliding" else max(lengths)
             # A chunk in the middle of a prompt is followed by rows that see its end.
-            spans = [(max(start, min(length, stop) - keep), min(length, stop)) for length in lengths]
-            request = torch.tensor([b for b, span in enumerate(spans) for _ in range(*span)], dtype=torch.int64)
-            position = torch.cat([torch.arange(first, max(first, last)) for first, last in spans])
-            request, position = request.to(device), position.to(device)
+            ends = [max(start, min(length, stop)) for length in lengths]
+            spans = [torch.arange(max(start, end - keep), end) for end in ends]
+            request = torch.cat([torch.full_like(span, b) for b, span in enumerate(spans)]).to(device)
+            position = torch.cat(spans).to(device)
             self._places[kind] = self._place(kind, table[request], position[:, None])[:, 0]
             self._sources[kind] = request * (stop - start) + position - start
         self._attended = torch.full_like(self.lengths[group], stop)

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from gemma4_kernels import checks
 from gemma4_kernels.mtp.drafter import Drafter, DraftSampling, PositionRule
+from gemma4_kernels.mtp.prompts import FUNCTION
 from gemma4_kernels.mtp.rows import SharedRows
 from gemma4_kernels.mtp.target import Target
-
-FUNCTION = "generate"
 
 
 class DraftContext(NamedTuple):
