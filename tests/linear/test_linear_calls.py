@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from linear_products import assert_linear, drawn
 from linear_weights import random_weight
 from torch.nn.functional import gelu, linear
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,19 +36,6 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 def _eager():
     with use_backend("eager"):
         yield
-
-
-def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def assert_linear(x, weight, bias=None):
-    got = quantized_linear(x, weight, bias)
-    wide = None if bias is None else bias.double()
-    exact = linear(x.double(), weight.dequantize(torch.float32).double(), wide)
-    plain = linear(x, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
-    assert got.dtype == x.dtype
-    assert (verdict := judge(got, exact, plain)).ok, str(verdict)
 
 
 def geglu(x, gate, up, dtype):

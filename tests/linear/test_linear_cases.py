@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from case_lists import assert_cases_are_their_strings
 
 from gemma4_kernels import backends
 from gemma4_kernels.bench import linear_baselines, validation
 from gemma4_kernels.bench import linear_cases as listed
-from gemma4_kernels.bench.cases import all_cases, parse
+from gemma4_kernels.bench.cases import parse
 from gemma4_kernels.bench.linear_cases import LINEAR_OPS, LinearCase, linear_bench_cases, linear_cases
 from gemma4_kernels.bench.linear_inputs import random_weight, weight_bytes
 from gemma4_kernels.geometry import GEMMA4_12B
@@ -25,11 +26,7 @@ def test_a_case_keeps_the_error_rule(case):
 
 
 def test_a_case_is_its_string():
-    cases = (*linear_cases(), *linear_bench_cases())
-    for case in cases:
-        assert parse(str(case)) == case
-    assert len({case.seed for case in cases}) == len({str(case) for case in cases})
-    assert {str(case) for case in cases} <= {str(case) for case in all_cases()}
+    assert_cases_are_their_strings((*linear_cases(), *linear_bench_cases()))
 
 
 @pytest.mark.parametrize(

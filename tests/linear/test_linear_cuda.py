@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from linear_products import assert_linear, drawn
 from linear_weights import random_weight
-from torch.nn.functional import linear
 
 from gemma4_kernels import BackendError, backends, explain, quantized_linear, use_backend
 from gemma4_kernels.backends import Call
 from gemma4_kernels.bench import validation
-from gemma4_kernels.bench.errors import judge
 from gemma4_kernels.bench.linear_cases import linear_cases
 from gemma4_kernels.cuda_common import support
 from gemma4_kernels.linear import cuda
@@ -30,18 +29,6 @@ def _emulate(monkeypatch):
     with use_backend("cuda"):
         yield
     backends._select.cache_clear()
-
-
-def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def assert_linear(x, weight, bias=None):
-    got = quantized_linear(x, weight, bias)
-    wide = None if bias is None else bias.double()
-    exact = linear(x.double(), weight.dequantize(torch.float32).double(), wide)
-    plain = linear(x, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
-    assert (verdict := judge(got, exact, plain)).ok, str(verdict)
 
 
 # Values -------------------------------------------------------------------------------------------------------------

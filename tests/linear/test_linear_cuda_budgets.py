@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from budgets import assert_nothing_in_local_memory
 
 from gemma4_kernels.bench import sass, static
 
@@ -48,8 +49,7 @@ def readings(request, tmp_path_factory) -> dict[Kernel, static.Reading]:
     for path in machine_code(request.param, tmp_path_factory.mktemp(request.param)):
         compiled = static.CompiledKernel(path.name, request.param, path.read_bytes(), warps=WARPS, main_loop="copies")
         for reading in static.read(compiled):
-            assert reading.stack_bytes == 0, reading.function
-            assert reading.spill_instructions == 0, reading.function
+            assert_nothing_in_local_memory(reading.function, reading)
             if match := _KERNEL.search(reading.function):
                 values = VALUES[int(match["values"])]
                 found[Kernel(match["x"], match["scales"], values, int(match["tiles"]))] = reading

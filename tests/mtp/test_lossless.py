@@ -7,6 +7,7 @@ import functools
 import pytest
 import small_reference
 import torch
+from known_drafts import known_drafts
 
 from gemma4_kernels import mtp
 from gemma4_kernels.reference import GREEDY
@@ -47,13 +48,9 @@ def oracle(texts, quality):
     rng = torch.Generator().manual_seed(5)
 
     def draft(context):
-        rows = []
-        for request, text in zip(context.requests, context.texts, strict=True):
-            known = texts[request] + [1] * context.num_drafts
-            right = torch.tensor(known[len(text) : len(text) + context.num_drafts])
-            spoilt = torch.rand(len(right), generator=rng) >= quality
-            rows.append(torch.where(spoilt, (right + 1) % small_reference.VOCAB, right))
-        return torch.stack(rows)
+        right = known_drafts(context, texts)
+        spoilt = torch.rand(right.shape, generator=rng) >= quality
+        return torch.where(spoilt, (right + 1) % small_reference.VOCAB, right)
 
     return draft
 

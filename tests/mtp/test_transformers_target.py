@@ -8,6 +8,7 @@ pytest.importorskip("transformers")
 
 import small_models
 import torch
+from known_drafts import known_drafts, known_places
 from small_models import random_ids
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
@@ -59,14 +60,8 @@ def teller(texts, wrong_every):
     """A drafter that knows the texts and errs now and then."""
 
     def draft(context):
-        rows = []
-        for request, text in zip(context.requests, context.texts, strict=True):
-            known = torch.tensor(
-                (texts[request] + [5] * context.num_drafts)[len(text) : len(text) + context.num_drafts]
-            )
-            place = torch.arange(len(text), len(text) + context.num_drafts)
-            rows.append(torch.where(place % wrong_every == 0, known % 7 + 1, known))
-        return torch.stack(rows)
+        known = known_drafts(context, texts, behind=5)
+        return torch.where(known_places(context) % wrong_every == 0, known % 7 + 1, known)
 
     return draft
 

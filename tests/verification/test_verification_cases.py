@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
+from case_lists import assert_cases_are_their_strings
 from verification_statistics import REJECT_BELOW, chi_square_p, histogram
 
 from gemma4_kernels.bench import running, validation, verification_baselines
 from gemma4_kernels.bench import verification_inputs as drawing
-from gemma4_kernels.bench.cases import all_cases, parse, select
+from gemma4_kernels.bench.cases import parse, select
 from gemma4_kernels.bench.timing import Batch
 from gemma4_kernels.bench.verification_cases import METHODS, verification_bench_cases, verification_cases
 from gemma4_kernels.geometry import GEMMA4_12B
@@ -28,11 +29,7 @@ def test_a_case_has_the_references_tokens(case):
 
 
 def test_a_case_is_its_string():
-    cases = (*verification_cases(), *verification_bench_cases())
-    for case in cases:
-        assert parse(str(case)) == case
-    assert len({case.seed for case in cases}) == len({str(case) for case in cases})
-    assert {str(case) for case in cases} <= {str(case) for case in all_cases()}
+    assert_cases_are_their_strings((*verification_cases(), *verification_bench_cases()))
 
 
 @pytest.mark.parametrize(
