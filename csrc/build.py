@@ -26,10 +26,12 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent
 ROOT = SOURCES.parent
 KERNELS = (
-    "common/status.cu", "linear/linear.cu", "linear/add_pieces.cu", "linear/decode_bf16.cu", "linear/decode_fp16.cu",
+    "common/status.cu",
+    "linear/linear.cu", "linear/add_pieces.cu", "linear/decode_bf16.cu", "linear/decode_fp16.cu",
     "linear/decode_offsets_bf16.cu", "linear/decode_offsets_fp16.cu",
     "linear/decode_table_bf16.cu", "linear/decode_table_fp16.cu",
 )  # fmt: skip
+BINDINGS = ("bindings/module.cpp", "bindings/linear.cpp")
 EMULATOR = ("emulator/fiber.cpp", "emulator/runtime.cpp", "emulator/collectives.cpp")
 ARCHITECTURES = ("80", "86", "89", "90", "120")
 # The oldest machine code serves cards of its own major version only; newer ones (sm_100, and what comes) compile this PTX.
@@ -192,10 +194,9 @@ def add_module(plan: Plan, name: str, objects: Sequence[Path], output: Path, lin
     import pybind11
 
     include = [f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
-    bindings = plan.compile(
-        "bindings.cpp", f"bindings{name}", [*_cache(), _cxx(), *_COMMON, "-O1", f"-DGEMMA4_MODULE={name}", *include]
-    )
-    plan.edge(output, [bindings, *objects], [*link, "-shared", bindings, *objects, "-o", output])
+    command = [*_cache(), _cxx(), *_COMMON, "-O1", f"-DGEMMA4_MODULE={name}", *include]
+    inputs = [*(plan.compile(source, f"bindings{name}", command) for source in BINDINGS), *objects]
+    plan.edge(output, inputs, [*link, "-shared", *inputs, "-o", output])
     plan.targets.append(output)
 
 

@@ -1,7 +1,7 @@
 // gemma4_linear and gemma4_linear_workspace: what they accept, and how K is cut.
 #include <cstdint>
 
-#include "../common/status.h"
+#include "../common/checks.h"
 #include "decode.h"
 
 namespace gemma4::linear {
@@ -14,77 +14,62 @@ constexpr int64_t kMostStride = int64_t(1) << 40;        // 16 rows of it are no
 constexpr int kFewestStages = 4;                         // of a piece: the ring takes two of them to fill
 constexpr int kBlocksOfMultiprocessor = 2;               // that are resident at a time, by shared memory
 
-bool is_dtype(int dtype) { return dtype == GEMMA4_BF16 || dtype == GEMMA4_FP16 || dtype == GEMMA4_FP32; }
-
-bool is_aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
-std::string number(int64_t value) { return std::to_string(value); }
-
-gemma4_status invalid(const std::string& sentence) { return fail(GEMMA4_INVALID_ARGUMENT, "gemma4_linear: " + sentence); }
-
-// A pointer to elements of some bytes.
-gemma4_status check_pointer(const char* name, const void* pointer, uintptr_t alignment) {
-  if (pointer == nullptr) return invalid(std::string(name) + " is null");
-  if (!is_aligned(pointer, alignment)) {
-    return invalid(std::string(name) + " must be a multiple of " + number(int64_t(alignment)) + " bytes");
-  }
-  return GEMMA4_OK;
-}
+constexpr Checks kChecks{"gemma4_linear"};
 
 // What goes with a kind of scales.
 gemma4_status check_scale_kind(const gemma4_weight& w) {
   const bool six_bit = w.scale_kind == GEMMA4_SCALES_SIX_BIT, int8 = w.scale_kind == GEMMA4_SCALES_INT8;
   const bool e8m0 = w.scale_kind == GEMMA4_SCALES_E8M0;
   if (w.scale_kind != GEMMA4_SCALES_PLAIN && !six_bit && !int8 && !e8m0) {
-    return fail(GEMMA4_UNSUPPORTED, "gemma4_linear: scale_kind " + number(w.scale_kind) + " has no kernel in this version");
+    return kChecks.unsupported("scale_kind " + number(w.scale_kind) + " has no kernel in this version");
   }
   if ((six_bit || int8) != (w.group_scales != nullptr)) {
-    return invalid("group_scales must be there for six-bit and int8 scales, else null");
+    return kChecks.invalid("group_scales must be there for six-bit and int8 scales, else null");
   }
-  if (!is_aligned(w.group_scales, 4)) return invalid("group_scales must be a multiple of 4 bytes");
+  if (!is_aligned(w.group_scales, 4)) return kChecks.invalid("group_scales must be a multiple of 4 bytes");
   if ((six_bit || int8) && (w.k % kColumns != 0 || w.group_size != 32 || w.scale_dtype != GEMMA4_FP16)) {
-    return invalid("six-bit and int8 scales go with groups of 32, k a multiple of 256, and fp16");
+    return kChecks.invalid("six-bit and int8 scales go with groups of 32, k a multiple of 256, and fp16");
   }
   const bool fits = six_bit ? w.values == GEMMA4_OFFSETS : int8 || e8m0 ? w.values == GEMMA4_TABLE : true;
   const bool bf16_table = w.values == GEMMA4_TABLE && !e8m0 && w.scale_dtype == GEMMA4_BF16;
   if (!fits || bf16_table) {
-    return fail(GEMMA4_UNSUPPORTED, "gemma4_linear: no kernel has these scales with values " + number(w.values));
+    return kChecks.unsupported("no kernel has these scales with values " + number(w.values));
   }
   return GEMMA4_OK;
 }
 
 gemma4_status check_weight(const gemma4_weight& w) {
-  if (w.n < 1 || w.n > kMostOutputs) return invalid("n must lie in [1, " + number(kMostOutputs) + "], got " + number(w.n));
+  if (w.n < 1 || w.n > kMostOutputs) return kChecks.invalid("n must lie in [1, " + number(kMostOutputs) + "], got " + number(w.n));
   if (w.k < 32 || w.k % 32 != 0 || w.k > kMostColumns) {
-    return invalid("k must be a multiple of 32 in [32, " + number(kMostColumns) + "], got " + number(w.k));
+    return kChecks.invalid("k must be a multiple of 32 in [32, " + number(kMostColumns) + "], got " + number(w.k));
   }
   if (w.group_size < 32 || w.group_size % 32 != 0 || w.k % w.group_size != 0) {
-    return invalid("group_size must be a multiple of 32 that divides k = " + number(w.k) + ", got " + number(w.group_size));
+    return kChecks.invalid("group_size must be a multiple of 32 that divides k = " + number(w.k) + ", got " + number(w.group_size));
   }
-  if (!is_dtype(w.scale_dtype)) return invalid("scale_dtype " + number(w.scale_dtype) + " is no gemma4_dtype");
+  if (!is_dtype(w.scale_dtype)) return kChecks.invalid("scale_dtype " + number(w.scale_dtype) + " is no gemma4_dtype");
   if (w.values < GEMMA4_CENTRED || w.values > GEMMA4_TABLE) {
-    return fail(GEMMA4_UNSUPPORTED, "gemma4_linear: values " + number(w.values) + " has no kernel in this version");
+    return kChecks.unsupported("values " + number(w.values) + " has no kernel in this version");
   }
-  if (auto status = check_pointer("codes", w.codes, 16)) return status;
+  if (auto status = kChecks.pointer("codes", w.codes, 16)) return status;
   const uintptr_t bytes = w.scale_kind == GEMMA4_SCALES_E8M0 ? 1 : w.scale_dtype == GEMMA4_FP32 ? 4 : 2;
-  if (auto status = check_pointer("scales", w.scales, bytes)) return status;
-  if ((w.values == GEMMA4_ZEROS) != (w.zeros != nullptr)) return invalid("zeros must be there for GEMMA4_ZEROS, else null");
-  if ((w.values == GEMMA4_OFFSETS) != (w.offsets != nullptr)) return invalid("offsets must be there for GEMMA4_OFFSETS, else null");
-  if ((w.values == GEMMA4_TABLE) != (w.table != nullptr)) return invalid("table must be there for GEMMA4_TABLE, else null");
-  if (!is_aligned(w.table, 4)) return invalid("table is not aligned to its elements");
-  if (!is_aligned(w.offsets, bytes)) return invalid("offsets is not aligned to its elements");
-  if (w.values == GEMMA4_CENTRED && (w.zero < 0 || w.zero > 16)) return invalid("zero must lie in [0, 16], got " + number(w.zero));
+  if (auto status = kChecks.pointer("scales", w.scales, bytes)) return status;
+  if ((w.values == GEMMA4_ZEROS) != (w.zeros != nullptr)) return kChecks.invalid("zeros must be there for GEMMA4_ZEROS, else null");
+  if ((w.values == GEMMA4_OFFSETS) != (w.offsets != nullptr)) return kChecks.invalid("offsets must be there for GEMMA4_OFFSETS, else null");
+  if ((w.values == GEMMA4_TABLE) != (w.table != nullptr)) return kChecks.invalid("table must be there for GEMMA4_TABLE, else null");
+  if (!is_aligned(w.table, 4)) return kChecks.invalid("table is not aligned to its elements");
+  if (!is_aligned(w.offsets, bytes)) return kChecks.invalid("offsets is not aligned to its elements");
+  if (w.values == GEMMA4_CENTRED && (w.zero < 0 || w.zero > 16)) return kChecks.invalid("zero must lie in [0, 16], got " + number(w.zero));
   return check_scale_kind(w);
 }
 
 gemma4_status check_sizes(const gemma4_linear_arguments* arguments) {
-  if (arguments == nullptr) return invalid("arguments is null");
+  if (arguments == nullptr) return kChecks.invalid("arguments is null");
   const gemma4_linear_arguments& a = *arguments;
-  if (a.m < 0) return invalid("m must be at least 0, got " + number(a.m));
+  if (a.m < 0) return kChecks.invalid("m must be at least 0, got " + number(a.m));
   if (auto status = check_weight(a.weight)) return status;
-  if (a.m > kMostRows) return fail(GEMMA4_UNSUPPORTED, "gemma4_linear: m goes to 16, got " + number(a.m));
-  if (!is_dtype(a.dtype)) return invalid("dtype " + number(a.dtype) + " is no gemma4_dtype");
-  if (a.dtype == GEMMA4_FP32) return fail(GEMMA4_UNSUPPORTED, "gemma4_linear: x must be bf16 or fp16");
+  if (a.m > kMostRows) return kChecks.unsupported("m goes to 16, got " + number(a.m));
+  if (!is_dtype(a.dtype)) return kChecks.invalid("dtype " + number(a.dtype) + " is no gemma4_dtype");
+  if (a.dtype == GEMMA4_FP32) return kChecks.unsupported("x must be bf16 or fp16");
   return GEMMA4_OK;
 }
 
@@ -92,17 +77,17 @@ gemma4_status check(const gemma4_linear_arguments* arguments) {
   if (auto status = check_sizes(arguments)) return status;
   const gemma4_linear_arguments& a = *arguments;
   if (a.m == 0) return GEMMA4_OK;
-  if (auto status = check_pointer("x", a.x, 16)) return status;
-  if (auto status = check_pointer("out", a.out, 2)) return status;
+  if (auto status = kChecks.pointer("x", a.x, 16)) return status;
+  if (auto status = kChecks.pointer("out", a.out, 2)) return status;
   if (a.x_stride < a.weight.k || a.x_stride % 8 != 0 || a.x_stride > kMostStride) {
-    return invalid("x_stride must be a multiple of 8, at least k = " + number(a.weight.k) + ", got " + number(a.x_stride));
+    return kChecks.invalid("x_stride must be a multiple of 8, at least k = " + number(a.weight.k) + ", got " + number(a.x_stride));
   }
   if (a.out_stride < a.weight.n || a.out_stride > kMostStride) {
-    return invalid("out_stride must be at least n = " + number(a.weight.n) + ", got " + number(a.out_stride));
+    return kChecks.invalid("out_stride must be at least n = " + number(a.weight.n) + ", got " + number(a.out_stride));
   }
   if (a.bias != nullptr) {
-    if (!is_dtype(a.bias_dtype)) return invalid("bias_dtype " + number(a.bias_dtype) + " is no gemma4_dtype");
-    if (!is_aligned(a.bias, a.bias_dtype == GEMMA4_FP32 ? 4 : 2)) return invalid("bias is not aligned to its elements");
+    if (!is_dtype(a.bias_dtype)) return kChecks.invalid("bias_dtype " + number(a.bias_dtype) + " is no gemma4_dtype");
+    if (!is_aligned(a.bias, a.bias_dtype == GEMMA4_FP32 ? 4 : 2)) return kChecks.invalid("bias is not aligned to its elements");
   }
   return GEMMA4_OK;
 }
@@ -127,19 +112,13 @@ size_t workspace_bytes_of(const gemma4_linear_arguments& a, int pieces) {
   return pieces == 1 ? 0 : size_t(pieces) * size_t(a.m) * size_t(a.weight.n) * sizeof(float);
 }
 
-gemma4_status cuda_error(const std::string& sentence) { return fail(GEMMA4_CUDA_ERROR, "gemma4_linear: " + sentence); }
-
 gemma4_status run(const gemma4_linear_arguments& a, void* workspace, size_t workspace_bytes, gemma4_stream stream) {
   int count = 0;
-  if (auto problem = multiprocessors(&count); !problem.empty()) return cuda_error(problem);
+  if (auto problem = multiprocessors(&count); !problem.empty()) return kChecks.launched(problem);
   const gemma4_weight& w = a.weight;
   const int stages = piece_stages(w, count), pieces = pieces_of(w, stages);
   const size_t wanted = workspace_bytes_of(a, pieces);
-  if (workspace_bytes < wanted || (wanted != 0 && workspace == nullptr)) {
-    return fail(GEMMA4_WORKSPACE_TOO_SMALL, "gemma4_linear: the workspace must have " + std::to_string(wanted) +
-                                                " bytes, got " + std::to_string(workspace == nullptr ? 0 : workspace_bytes));
-  }
-  if (wanted != 0 && !is_aligned(workspace, 16)) return invalid("workspace must be a multiple of 16 bytes");
+  if (auto status = kChecks.workspace(workspace, workspace_bytes, wanted)) return status;
   Parameters p{};
   p.codes = static_cast<const unsigned char*>(w.codes);
   p.scales = w.scales;
@@ -167,7 +146,7 @@ gemma4_status run(const gemma4_linear_arguments& a, void* workspace, size_t work
   if (w.values == GEMMA4_TABLE) launch_kind = is_bf16 ? launch_table_bf16 : launch_table_fp16;
   auto problem = launch_kind(p, {w.values, w.scale_kind, w.scale_dtype}, pieces, stream);
   if (problem.empty() && pieces > 1) problem = launch_add_pieces(p, is_bf16, pieces, stream);
-  return problem.empty() ? GEMMA4_OK : cuda_error(problem);
+  return kChecks.launched(problem);
 }
 
 }  // namespace
@@ -177,11 +156,11 @@ extern "C" {
 
 gemma4_status gemma4_linear_workspace(const gemma4_linear_arguments* arguments, size_t* bytes) {
   using namespace gemma4::linear;
-  if (bytes == nullptr) return invalid("bytes is null");
+  if (bytes == nullptr) return kChecks.invalid("bytes is null");
   *bytes = 0;
   if (auto status = check_sizes(arguments)) return status;
   int count = 0;
-  if (auto problem = gemma4::multiprocessors(&count); !problem.empty()) return cuda_error(problem);
+  if (auto problem = gemma4::multiprocessors(&count); !problem.empty()) return kChecks.launched(problem);
   *bytes = workspace_bytes_of(*arguments, pieces_of(arguments->weight, piece_stages(arguments->weight, count)));
   return GEMMA4_OK;
 }
