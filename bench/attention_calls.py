@@ -191,7 +191,7 @@ def _decoded(case: AttentionCase, codes: Tensor, made: Inputs, b: int, length: i
     scale = made["values_scale"]  # (Hkv,)
     if case.cache == "int8":
         scale = _rows_of(scale, made, b, length)  # (1, length, Hkv)
-    wide = codes.double() * scale.double().unsqueeze(-1)
+    wide: Tensor = codes.double() * scale.double().unsqueeze(-1)
     return wide if exact else wide.to(DTYPES[case.dtype])
 
 

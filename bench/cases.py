@@ -23,7 +23,16 @@ from torch import Tensor
 import gemma4_kernels
 from gemma4_kernels.bench import attention_work, baselines
 from gemma4_kernels.bench import inputs as draw
-from gemma4_kernels.bench.attention_calls import CODES, DTYPES, INPUTS, Inputs, Result, evaluate, key_lengths, row_counts
+from gemma4_kernels.bench.attention_calls import (
+    CODES,
+    DTYPES,
+    INPUTS,
+    Inputs,
+    Result,
+    evaluate,
+    key_lengths,
+    row_counts,
+)
 from gemma4_kernels.bench.case_strings import BENCH, BENCH_QUICK, EXCERPT_ABOVE, QUICK, CaseString, each_once
 from gemma4_kernels.bench.linear_cases import LINEAR_OPS, LinearCase, linear_bench_cases, linear_cases
 from gemma4_kernels.bench.verification_cases import CASES_OF as VERIFICATION
@@ -354,10 +363,10 @@ def _attention() -> Iterator[AttentionCase]:
         yield _full("flash_attn_with_kvcache", sq=5, new=5, lengths="5+7+130+40", page=page)
         yield _full("k_eq_v_attention", sq=1, lengths="1+7+130+40", page=page, tags=tags)
         yield _full("k_eq_v_attention", sq=5, lengths="5+7+130+600", page=page)
-        for cache in ("fp8", "int8"):
-            yield _full("k_eq_v_attention", sq=1, lengths="1+7+130+40", page=page, cache=cache, tags=tags)
-            yield _full("k_eq_v_attention", sq=5, lengths="5+7+130", page=page, cache=cache, dtype="fp16")
-            yield AttentionCase("k_eq_v_attention", sq=3, lengths="70+3", hq=4, hkv=2, d=128, page=page, cache=cache)
+        for codes in CODES:
+            yield _full("k_eq_v_attention", sq=1, lengths="1+7+130+40", page=page, cache=codes, tags=tags)
+            yield _full("k_eq_v_attention", sq=5, lengths="5+7+130", page=page, cache=codes, dtype="fp16")
+            yield AttentionCase("k_eq_v_attention", sq=3, lengths="70+3", hq=4, hkv=2, d=128, page=page, cache=codes)
     yield AttentionCase("flash_attn_with_kvcache", sq=3, lengths="0+1+2", hq=4, hkv=2, d=64, right=0)
     # One layout of blocks a request; blocks that the window does not limit, on both kinds of layers.
     small: Any = {"hq": 4, "hkv": 2, "d": 64, "right": 0}

@@ -307,7 +307,7 @@ def _check_heads(name: str, q: Tensor, **caches: Tensor) -> None:
     """dtypes, dense last dims, head_dim, and whole groups of query heads."""
     checks.has_dtype(name, "q", q, checks.FLOATS)
     checks.is_dense(name, "q", q)
-    heads, head_dim = q.shape[-2:]
+    head_dim = q.shape[-1]
     if not 1 <= head_dim <= ops.MAX_HEAD_DIM:
         raise checks.ShapeError(f"{name}: head_dim must lie in [1, {ops.MAX_HEAD_DIM}], got {head_dim}")
     for argument, cache in caches.items():

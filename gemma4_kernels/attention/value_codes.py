@@ -22,6 +22,15 @@ FLOAT8_SCALE = 1 / 16
 FEATURES = {torch.float8_e4m3fn: "float8_values", torch.int8: "int8_values"}
 
 
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Codes (..., Hkv, D) of zeros, and their scale: `FLOAT8_SCALE`, or zeros for rows to come."""
+    if dtype == torch.float8_e4m3fn:
+        scale = torch.full(shape[-2:-1], FLOAT8_SCALE, device=device)
+    else:
+        scale = torch.zeros(shape[:-1], device=device)
+    return torch.zeros(shape, dtype=dtype, device=device), scale
+
+
 def feature(values: Tensor) -> dict[str, bool]:
     """What a call with these values wants of a backend, for `Call.features`."""
     name = FEATURES.get(values.dtype)
