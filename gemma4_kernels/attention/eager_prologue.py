@@ -12,15 +12,7 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels.attention.eager import appended_rows
-
-
-def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    # pow, not rsqrt: transformers writes it so, and the two need not have the same last bit.
-    normed = wide * torch.pow(wide.pow(2).mean(dim=-1, keepdim=True) + eps, -0.5)
-    if weight is not None:
-        normed = normed * weight.to(normed.dtype)
-    return normed.to(x.dtype)
+from gemma4_kernels.rms_norm import rms_norm
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -33,9 +25,9 @@ def qkv_norm_rope_append(
     k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, block_table: Tensor | None, eps: float,
 ) -> Tensor:  # fmt: skip
     rows = appended_rows(k_cache, k, cache_seqlens, None, block_table)
-    out = _rotated(_normed(q, q_norm_weight, eps), cos, sin)
-    k_cache[rows] = _rotated(_normed(k, k_norm_weight, eps), cos, sin)
-    v_cache[rows] = _normed(v, None, eps)
+    out = _rotated(rms_norm(q, q_norm_weight, eps), cos, sin)
+    k_cache[rows] = _rotated(rms_norm(k, k_norm_weight, eps), cos, sin)
+    v_cache[rows] = rms_norm(v, None, eps)
     return out.contiguous()
 
 
@@ -44,6 +36,6 @@ def k_eq_v_norm_rope_append(
     block_table: Tensor | None, eps: float,
 ) -> Tensor:  # fmt: skip
     rows = appended_rows(values, k, cache_seqlens, None, block_table)
-    out = _rotated(_normed(q, q_norm_weight, eps), cos, sin)
-    values[rows] = _normed(k, None, eps)
+    out = _rotated(rms_norm(q, q_norm_weight, eps), cos, sin)
+    values[rows] = rms_norm(k, None, eps)
     return out.contiguous()
