@@ -28,6 +28,7 @@ from gemma4_kernels.linear.files import open_weights
 from gemma4_kernels.linear.modules import QuantizedEmbedding, QuantizedLinear
 from gemma4_kernels.linear.replace import replace_linear
 from gemma4_kernels.linear.weight import QuantizedWeight
+from gemma4_kernels.norms.api import sandwich_norm
 from gemma4_kernels.verification.api import VerifyResult, sample_tokens, verify_drafts
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "quantized_linear",
     "replace_linear",
     "sample_tokens",
+    "sandwich_norm",
     "use_backend",
     "verify_drafts",
 ]

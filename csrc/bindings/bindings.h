@@ -42,7 +42,24 @@ void define_call(py::module_& module, const char* name, gemma4_status (*workspac
       py::arg("arguments"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("stream"));
 }
 
+// The same for a function that needs no workspace: arguments and stream.
+template <class Arguments>
+void define_call(py::module_& module, const char* name, gemma4_status (*run)(const Arguments*, gemma4_stream)) {
+  module.def(
+      name,
+      [run](const Arguments& arguments, uintptr_t stream) {
+        gemma4_status status;
+        {
+          py::gil_scoped_release released;
+          status = run(&arguments, writable(stream));
+        }
+        raise_if(status);
+      },
+      py::arg("arguments"), py::arg("stream"));
+}
+
 // Each defines what Python sees of one part of the header.
 void define_linear(py::module_& module);
+void define_norms(py::module_& module);
 
 }  // namespace gemma4::bindings

@@ -90,6 +90,9 @@ __device__ __forceinline__ float fp16_to_float(uint16_t bits) {
   return value;
 }
 
+// Asks for the line in L1 and waits for nothing: what is loaded after the next barrier is then on its way before it.
+__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L1 [%0];" ::"l"(global)); }
+
 // The same pointer, of which the compiler no longer knows how it was made: it would make it again at every use, to save a register.
 template <class Target>
 __device__ __forceinline__ const Target* kept(const Target* pointer) {

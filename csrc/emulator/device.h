@@ -57,6 +57,18 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   }
   return result;
 }
+// One operation, rounded to nearest, which nvcc makes part of no other; g++ is told so for the whole build.
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+
+// With all lanes taking part.
+inline float __shfl_xor_sync(uint32_t, float value, int lane_mask, int line = __builtin_LINE()) {
+  return __uint_as_float(emulator::shuffle(__float_as_uint(value), emulator::lane() ^ lane_mask, line));
+}
+
 template <class T>
 inline T __ldg(const T* address) {
   return *address;

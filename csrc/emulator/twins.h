@@ -75,6 +75,8 @@ inline uint16_t round_to_bf16(float value) { return emulator::float_to_bf16(valu
 inline uint16_t round_to_fp16(float value) { return emulator::float_to_fp16(value); }
 inline float fp16_to_float(uint16_t bits) { return emulator::fp16_to_float(bits); }
 
+inline void prefetch(const void*) {}
+
 template <class Target>
 inline const Target* kept(const Target* pointer) {
   return pointer;

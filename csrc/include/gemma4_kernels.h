@@ -89,6 +89,36 @@ typedef struct gemma4_linear_arguments {
   int32_t bias_dtype; /* gemma4_dtype */
 } gemma4_linear_arguments;
 
+/* Norms and the prologue of attention ------------------------------------------------------------------------------------------- */
+
+/* hidden = (residual + norm(x) * post_weight) * layer_scalar and normed = norm(hidden) * pre_weight, all of them (m, n), where
+ * norm(x) is x / sqrt(mean(x^2) + eps) of a row. Sums are fp32; norm times weight, sum and product are each rounded to dtype. hidden
+ * may be x or residual, and normed may be the other one: each row with the same stride. */
+typedef struct gemma4_sandwich_norm_arguments {
+  int64_t m;
+  int64_t n;               /* 1 to 16384 */
+  int64_t x_stride;        /* elements from row to row, at least 0 for x and residual, at least n for hidden and normed; rows are */
+  int64_t residual_stride; /* dense. Rows and weights at multiples of 16 bytes, with n a multiple of 8, are taken 16 bytes at a */
+  int64_t hidden_stride;   /* time */
+  int64_t normed_stride;
+  const void* x; /* these four in dtype, aligned to their elements */
+  const void* residual;
+  void* hidden;
+  void* normed; /* null without pre_weight */
+  const void* post_weight;  /* (n) */
+  const void* pre_weight;   /* (n), or null: there is no second norm */
+  const void* layer_scalar; /* one number on the device, or null: there is no product */
+  float eps;
+  int32_t dtype; /* gemma4_dtype, like the next three */
+  int32_t post_weight_dtype;
+  int32_t pre_weight_dtype;
+  int32_t layer_scalar_dtype;
+} gemma4_sandwich_norm_arguments;
+
+GEMMA4_API gemma4_status gemma4_sandwich_norm(const gemma4_sandwich_norm_arguments* arguments, gemma4_stream stream);
+
+/* ------------------------------------------------------------------------------------------------------------------------------- */
+
 GEMMA4_API int32_t gemma4_abi_version(void);
 
 /* What the calling thread's last failed call had to say; "" before the first. Valid until its next failed call. */

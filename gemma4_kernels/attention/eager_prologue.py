@@ -13,15 +13,7 @@ from torch import Tensor
 
 from gemma4_kernels.attention import value_codes
 from gemma4_kernels.attention.eager import appended_rows
-
-
-def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    # pow, not rsqrt: transformers writes it so, and the two need not have the same last bit.
-    normed = wide * torch.pow(wide.pow(2).mean(dim=-1, keepdim=True) + eps, -0.5)
-    if weight is not None:
-        normed = normed * weight.to(normed.dtype)
-    return normed.to(x.dtype)
+from gemma4_kernels.rms_norm import rms_norm
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -34,9 +26,9 @@ def qkv_norm_rope_append(
     k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, block_table: Tensor | None, eps: float,
 ) -> Tensor:  # fmt: skip
     rows = appended_rows(k_cache, k, cache_seqlens, None, block_table)
-    out = _rotated(_normed(q, q_norm_weight, eps), cos, sin)
-    k_cache[rows] = _rotated(_normed(k, k_norm_weight, eps), cos, sin)
-    v_cache[rows] = _normed(v, None, eps)
+    out = _rotated(rms_norm(q, q_norm_weight, eps), cos, sin)
+    k_cache[rows] = _rotated(rms_norm(k, k_norm_weight, eps), cos, sin)
+    v_cache[rows] = rms_norm(v, None, eps)
     return out.contiguous()
 
 
@@ -45,8 +37,8 @@ def k_eq_v_norm_rope_append(
     block_table: Tensor | None, eps: float, values_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     rows = appended_rows(values, k, cache_seqlens, None, block_table)
-    out = _rotated(_normed(q, q_norm_weight, eps), cos, sin)
-    normed = _normed(k, None, eps)
+    out = _rotated(rms_norm(q, q_norm_weight, eps), cos, sin)
+    normed = rms_norm(k, None, eps)
     if values.dtype != k.dtype:
         normed, scale = value_codes.encode(normed, values.dtype, values_scale)
         if values_scale is not None and values_scale.dim() == 3:  # a scale for each row

@@ -32,6 +32,12 @@ def round_to(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """x (fp32) after a rounding to DTYPE, still as fp32."""
+    return to_fp32(round_to(x, DTYPE))
+
+
+@triton.jit
 def operand(x, DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr):
     """fp32 x rounded to DTYPE, as a product takes it."""
     if DOT_DTYPE == tl.float32:

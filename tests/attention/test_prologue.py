@@ -383,7 +383,7 @@ def test_explain_writes_nothing():
 @pytest.mark.parametrize("paged", [False, True])
 def test_on_a_device_it_uses_ops_that_mps_has_and_reads_nothing_back(kind, paged):
     pytest.importorskip("yaml")
-    from test_ops import SYNCS, Recorder, has_mps_kernel, native_functions
+    from device_ops import SYNCS, Recorder, has_mps_kernel, native_functions
 
     from gemma4_kernels.attention import eager_prologue
 

@@ -21,18 +21,13 @@ from torch import Tensor
 
 from gemma4_kernels.attention.triton.call import dense
 from gemma4_kernels.triton_common.launch import Launch
-from gemma4_kernels.triton_common.rounding import round_to, to_fp32
+from gemma4_kernels.triton_common.norm import inverse_rms
+from gemma4_kernels.triton_common.rounding import round_to, rounded, to_fp32
 
 # Numbers of a half-head tile: eight for each of 128 threads, 16 bytes of bf16. At head_dim 256 and 512 a head then lies
 # within one warp, and its sum of squares needs no shared memory.
 TILE_NUMBERS = 1024
 NUM_WARPS = 4
-
-
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
-    """x (fp32) after a rounding to DTYPE, still as fp32."""
-    return to_fp32(round_to(x, DTYPE))
 
 
 # One head, as its halves --------------------------------------------------------------------------------------------
@@ -56,15 +51,12 @@ def _store_halves(ptrs, low, high, mask, HEAD_DIM: tl.constexpr, DTYPE: tl.const
 def _normed(low, high, weight_ptr, pair, in_head, eps, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr):
     """x * (mean(x^2) + eps)^-0.5 (* weight), rounded once; low, high, pair, in_head [HEADS, PAIRS]."""
     total = tl.sum(low * low + high * high, axis=1)  # [HEADS]
-    mean = tl.div_rn(total, tl.full(total.shape, HEAD_DIM, tl.float32))
-    # PyTorch's CPU kernel takes pow(m, -0.5) as 1 / sqrt(m), both rounded to nearest, and this gives its bits. Its CUDA
-    # kernel takes rsqrt, whose last bits are left to the card: nothing could equal it on every one.
-    inverse = tl.div_rn(tl.full(total.shape, 1.0, tl.float32), tl.sqrt_rn(mean + eps))[:, None]
+    inverse = inverse_rms(total, HEAD_DIM, eps)[:, None]
     low, high = low * inverse, high * inverse
     if weight_ptr is not None:
         weight_low, weight_high = _load_halves(weight_ptr + pair, in_head, HEAD_DIM)
         low, high = low * weight_low, high * weight_high
-    return _rounded(low, DTYPE), _rounded(high, DTYPE)
+    return rounded(low, DTYPE), rounded(high, DTYPE)
 
 
 @triton.jit
@@ -72,8 +64,8 @@ def _rotated(low, high, cos_ptr, sin_ptr, pair, in_head, HEAD_DIM: tl.constexpr,
     """x * cos + rotate_half(x) * sin with rotate_half((a, b)) = (-b, a); of three roundings the last is left to the store."""
     cos_low, cos_high = _load_halves(cos_ptr + pair, in_head, HEAD_DIM)  # [HEADS, PAIRS]
     sin_low, sin_high = _load_halves(sin_ptr + pair, in_head, HEAD_DIM)
-    turned_low = _rounded(low * cos_low, DTYPE) - _rounded(high * sin_low, DTYPE)
-    turned_high = _rounded(high * cos_high, DTYPE) + _rounded(low * sin_high, DTYPE)
+    turned_low = rounded(low * cos_low, DTYPE) - rounded(high * sin_low, DTYPE)
+    turned_high = rounded(high * cos_high, DTYPE) + rounded(low * sin_high, DTYPE)
     return turned_low, turned_high
 
 

@@ -1,0 +1,1 @@
+"""The norms between the sublayers of a layer: one function, `sandwich_norm`."""
