@@ -53,7 +53,7 @@ struct Loader {
   int end;                    // of the piece: the column after its last
   int code_column, x_column;  // of the thread's chunks in the next stage
   int first_slot;             // of its scales
-  bool whole_chunks;          // rows of `high` begin at multiples of 16 bytes
+  bool whole_chunks;          // rows of `high` begin at multiples of 16 bytes; of 6 bits they always do
   Scales scales;
 
   __device__ Loader(const Parameters& parameters, int first_output, int first_stage, int stages)
@@ -110,7 +110,7 @@ struct Loader {
 #pragma unroll
     for (int i = 0; i < kThreadSlots; i += 4) {
       unsigned char* quad = target + (slot_target ^ i * 4);
-      if (whole_chunks) {
+      if (BITS == 6 || whole_chunks) {
         ptx::copy_16_once(quad, source + i * 4, i < present ? 16 : 0, policy);
       } else {
 #pragma unroll
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const Parameters p)
   for (int first = 0; first < stages; first += STAGES) {
 #pragma unroll
     for (int slot = 0; slot < STAGES; ++slot) {
-      if (first + slot >= stages) break;
+      if (first + slot >= stages) continue;  // a loop with a way out in the middle may be left as it is, not unrolled
       ptx::wait<STAGES - 2>();
       __syncthreads();  // everyone's copies of this stage have arrived, and everyone has left the slot that is filled next
       unsigned char* filling = ring + (slot + STAGES - 1) % STAGES * BYTES;
