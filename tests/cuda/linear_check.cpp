@@ -326,8 +326,8 @@ void spoil(gemma4_linear_arguments& a, unsigned& spoiled, std::mt19937& random) 
     case 20: {
       const float** tensors[] = {&a.weight.scale_table, &a.weight.scale_scales, &a.weight.scale_offset};
       const float*& tensor = *tensors[random() % 3];
-      const auto* bytes = reinterpret_cast<const unsigned char*>(tensor);
-      tensor = !nested ? static_cast<const float*>(a.weight.codes) : random() % 2 ? nullptr : reinterpret_cast<const float*>(bytes + 2);
+      const void* wrong = !nested ? a.weight.codes : random() % 2 ? nullptr : reinterpret_cast<const unsigned char*>(tensor) + 2;
+      tensor = static_cast<const float*>(wrong);
       break;
     }
     default: a.dtype = random() % 2 ? kind : GEMMA4_FP32; break;
@@ -338,10 +338,11 @@ void spoil(gemma4_linear_arguments& a, unsigned& spoiled, std::mt19937& random) 
 Shape drawn(std::mt19937& random) {
   Shape shape = {int64_t(64 + random() % 8), int64_t(32 * (1 + random() % 80)), 32, int64_t(1 + random() % 16), int(random() % 2),
                  int(random() % 3), int(random() % 3), bool(random() % 2), 0, 0};
-  const int kinds = 8, kind = int(random() % kinds);
-  if (kind > 4) return shape;
+  const int bits[] = {5, 5, 6, 8, 4};
+  const int values[] = {GEMMA4_CENTRED, GEMMA4_OFFSETS, GEMMA4_CENTRED, GEMMA4_CENTRED, GEMMA4_TABLE};
+  const unsigned kind = random() % 8;
+  if (kind >= std::size(bits)) return shape;
   shape.scale_dtype = GEMMA4_FP16;
-  const int bits[] = {5, 5, 6, 8, 4}, values[] = {GEMMA4_CENTRED, GEMMA4_OFFSETS, GEMMA4_CENTRED, GEMMA4_CENTRED, GEMMA4_TABLE};
   shape.bits = bits[kind];
   shape.values = values[kind];
   if (shape.bits == 4) shape.scale_kind = GEMMA4_SCALES_NESTED;

@@ -194,7 +194,7 @@ def test_what_no_kernel_serves_has_a_reason(reason, scheme, group, rows, dtype):
 @needs_emulator
 def test_a_scheme_that_is_not_in_the_table_has_a_reason(monkeypatch):
     monkeypatch.delitem(cuda.SERVED, "Q6_K")
-    with pytest.raises(BackendError, match="reads Q4_0, W4A16, .*, not Q6_K"):
+    with pytest.raises(BackendError, match=r"reads Q4_0, W4A16, .*, not Q6_K"):
         quantized_linear(drawn(1, 512), random_weight("Q6_K", (70, 512)))
 
 

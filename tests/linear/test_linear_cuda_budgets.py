@@ -66,8 +66,8 @@ def readings(request, tmp_path_factory) -> dict[Kernel, static.Reading]:
 
 
 def test_every_kernel_is_there_and_leaves_room_for_another_block(readings):
-    # Types of x, tiles of 8 rows; of 4 bits three kinds of values with plain scales of three types, six-bit ones, tables with five
-    # kinds; three of 5 bits, and one each of 6 and 8.
+    # Types of x, tiles of 8 rows; of 4 bits three kinds of values with plain scales of three types, six-bit ones, tables
+    # with five kinds; three of 5 bits, and one each of 6 and 8.
     assert len(readings) == 2 * 2 * (3 * 3 + 1 + 5 + 3 + 1 + 1)
     for kernel, reading in readings.items():
         # Two blocks at a time, as many as consumer cards have memory for.
