@@ -45,6 +45,7 @@ int main() {
   arguments.weight.codes = aligned(codes);
   arguments.weight.scales = scales.data();
   arguments.weight.scale_dtype = GEMMA4_FP16;
+  arguments.weight.bits = 4;
   arguments.weight.values = GEMMA4_CENTRED;
   arguments.weight.zero = 8;
   arguments.m = m;

@@ -5,8 +5,9 @@ namespace {
 
 gemma4_linear_arguments linear_arguments(uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t m, int32_t dtype,
                                          uintptr_t bias, int32_t bias_dtype, int64_t n, int64_t k, int64_t group_size,
-                                         uintptr_t codes, uintptr_t scales, int32_t scale_dtype, uintptr_t zeros,
-                                         uintptr_t offsets, uintptr_t group_scales, uintptr_t table, int32_t values,
+                                         uintptr_t codes, uintptr_t high, uintptr_t scales, int32_t scale_dtype, uintptr_t zeros,
+                                         uintptr_t offsets, uintptr_t group_scales, uintptr_t table, uintptr_t scale_table,
+                                         uintptr_t scale_scales, uintptr_t scale_offset, int32_t bits, int32_t values,
                                          int32_t scale_kind, int32_t zero) {
   gemma4_linear_arguments a{};
   gemma4_weight& w = a.weight;
@@ -14,12 +15,17 @@ gemma4_linear_arguments linear_arguments(uintptr_t x, int64_t x_stride, uintptr_
   w.k = k;
   w.group_size = group_size;
   w.codes = pointer(codes);
+  w.high = pointer(high);
   w.scales = pointer(scales);
   w.zeros = pointer(zeros);
   w.offsets = pointer(offsets);
   w.group_scales = pointer(group_scales);
   w.table = static_cast<const float*>(pointer(table));
+  w.scale_table = static_cast<const float*>(pointer(scale_table));
+  w.scale_scales = static_cast<const float*>(pointer(scale_scales));
+  w.scale_offset = static_cast<const float*>(pointer(scale_offset));
   w.scale_dtype = scale_dtype;
+  w.bits = bits;
   w.values = values;
   w.scale_kind = scale_kind;
   w.zero = zero;
@@ -41,8 +47,9 @@ void define_linear(py::module_& module) {
   py::class_<gemma4_linear_arguments>(module, "LinearArguments", py::module_local())
       .def(py::init(&linear_arguments), py::kw_only(), py::arg("x"), py::arg("x_stride"), py::arg("out"), py::arg("out_stride"),
            py::arg("m"), py::arg("dtype"), py::arg("bias"), py::arg("bias_dtype"), py::arg("n"), py::arg("k"),
-           py::arg("group_size"), py::arg("codes"), py::arg("scales"), py::arg("scale_dtype"), py::arg("zeros"),
-           py::arg("offsets"), py::arg("group_scales"), py::arg("table"), py::arg("values"), py::arg("scale_kind"), py::arg("zero"));
+           py::arg("group_size"), py::arg("codes"), py::arg("high"), py::arg("scales"), py::arg("scale_dtype"), py::arg("zeros"),
+           py::arg("offsets"), py::arg("group_scales"), py::arg("table"), py::arg("scale_table"), py::arg("scale_scales"),
+           py::arg("scale_offset"), py::arg("bits"), py::arg("values"), py::arg("scale_kind"), py::arg("zero"));
   define_call(module, "linear", &gemma4_linear_workspace, &gemma4_linear);
 }
 

@@ -37,6 +37,13 @@ __device__ __forceinline__ void copy_16(void* shared, const void* global, uint32
                : "memory");
 }
 
+// 4 bytes, for rows that begin at no multiple of 16; only copies of 16 can leave L1 out.
+__device__ __forceinline__ void copy_4_once(void* shared, const void* global, uint32_t bytes, uint64_t policy) {
+  asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], 4, %2, %3;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(bytes), "l"(policy)
+               : "memory");
+}
+
 // Closes a group of copies: they are waited for together.
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -54,6 +61,9 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* ro
                : "r"(shared_address(row))
                : "memory");
 }
+
+// What the lane whose number differs in these bits holds: cheaper than shared memory, which would take a store and a barrier too.
+__device__ __forceinline__ uint32_t of_lane_across(uint32_t value, int bits) { return __shfl_xor_sync(~0u, value, bits); }
 
 // D (16 x 8) = A (16 x 16) B (16 x 8) + C with fp32 sums: the only multiplication that keeps pace with memory at several rows of x.
 template <class Type>

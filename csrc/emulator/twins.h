@@ -18,15 +18,15 @@ inline void store_words(void* target, const void* data, size_t bytes) {
 
 // NaN goes to the target at once, and the data when they are waited for: who reads too early, or still reads what the target held,
 // gets NaN. Source and target are both touched here, where AddressSanitizer looks.
-inline void copy_16(void* shared, const void* global, uint32_t bytes) {
+inline void copy(void* shared, const void* global, uint32_t size, uint32_t bytes) {
   uint32_t data[4] = {0, 0, 0, 0};
   for (uint32_t i = 0; i < bytes / 4; ++i) data[i] = static_cast<const volatile uint32_t*>(global)[i];
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-    emulator::fail("cp.async of 16 bytes at an address that is no multiple of 16");
+  if (reinterpret_cast<uintptr_t>(shared) % size != 0 || reinterpret_cast<uintptr_t>(global) % size != 0) {
+    emulator::fail("cp.async at an address that is no multiple of its bytes");
   }
   const uint32_t poison[4] = {~0u, ~0u, ~0u, ~0u};
-  store_words(shared, poison, 16);
-  emulator::issue_copy(shared, data, 16);
+  store_words(shared, poison, size);
+  emulator::issue_copy(shared, data, size);
 }
 
 template <class Type>
@@ -43,8 +43,9 @@ inline float to_float<Fp16>(uint16_t bits) {
 }  // namespace twin
 
 inline uint64_t evict_first_policy() { return 0; }
-inline void copy_16_once(void* shared, const void* global, uint32_t bytes, uint64_t) { twin::copy_16(shared, global, bytes); }
-inline void copy_16(void* shared, const void* global, uint32_t bytes) { twin::copy_16(shared, global, bytes); }
+inline void copy_16_once(void* shared, const void* global, uint32_t bytes, uint64_t) { twin::copy(shared, global, 16, bytes); }
+inline void copy_16(void* shared, const void* global, uint32_t bytes) { twin::copy(shared, global, 16, bytes); }
+inline void copy_4_once(void* shared, const void* global, uint32_t bytes, uint64_t) { twin::copy(shared, global, 4, bytes); }
 inline void commit() { emulator::commit_copies(); }
 template <int GROUPS>
 inline void wait() {
@@ -57,6 +58,10 @@ inline void load_matrices(uint32_t (&out)[4], const void* row, int line = __buil
   uint32_t mine[4];
   for (int i = 0; i < 4; ++i) mine[i] = static_cast<const volatile uint32_t*>(row)[i];
   emulator::distribute_matrices(mine, out, line);
+}
+
+inline uint32_t of_lane_across(uint32_t value, int bits, int line = __builtin_LINE()) {
+  return emulator::shuffle(value, int(threadIdx.x % 32) ^ bits, line);
 }
 
 template <class Type>

@@ -49,30 +49,43 @@ typedef enum gemma4_scales {
    * words w with the 6-bit codes of its groups j = 0..7:
    *   scale = d * ((w0 >> 4j & 15) + 16 * (w2 >> 2j & 3)),   offset = -dmin * ((w1 >> 4j & 15) + 16 * (w2 >> (16 + 2j) & 3)) */
   GEMMA4_SCALES_SIX_BIT = 1,
-  /* The same sizes: scales[n, i] is fp16 d of 256 columns, group_scales int8 (n, k / 32); scale = d * group_scales[n, j]. */
+  /* k a multiple of 256, groups of 32, of 6-bit codes 16: scales[n, i] is fp16 d of 256 columns, group_scales int8
+   * (n, k / group_size); scale = d * group_scales[n, j]. */
   GEMMA4_SCALES_INT8 = 2,
-  GEMMA4_SCALES_E8M0 = 3 /* scales uint8 (n, k / group_size); scale = 2^(scales[n, j] - 128) */
+  GEMMA4_SCALES_E8M0 = 3, /* scales uint8 (n, k / group_size); scale = 2^(scales[n, j] - 128) */
+  /* scales uint8 (n, g) with g = k / group_size;
+   * scale = scale_table[scales[n, j]] * scale_scales[(n * g + j) / 256] + scale_offset */
+  GEMMA4_SCALES_NESTED = 4
 } gemma4_scales;
 
 /* A cudaStream_t; 0 is the default stream. */
 typedef void* gemma4_stream;
 
-/* A weight of n rows (outputs) and k columns (inputs), with 4-bit codes in the order of `QuantizedWeight`: eight neighbours of a
- * row are one 32-bit word, in which neighbour i stands at bit 16 * (i % 2) + 4 * (i / 2). */
+/* A weight of n rows (outputs) and k columns (inputs), with codes in the order of `QuantizedWeight`. A plane of b bits has 32 / b
+ * neighbours of a row in one 32-bit word, neighbour i at bit 16 * (i % 2) + b * (i / 2). Codes of up to 6 bits are a plane of their
+ * low 4 bits, `codes`, and one of the bits above, `high`; those of 8 bits are signed bytes in order. */
 typedef struct gemma4_weight {
   int64_t n;
   int64_t k;           /* a multiple of 32 and of group_size */
-  int64_t group_size;  /* a multiple of 32 */
-  const void* codes;   /* uint32 (n, k / 8), 16-byte aligned */
+  int64_t group_size;  /* a multiple of 32; of 6-bit codes 16 */
+  const void* codes;   /* uint32 (n, k / 8), of 8 bits int8 (n, k); 16-byte aligned */
+  const void* high;    /* of 5 bits uint32 (n, k / 32), of 6 bits uint32 (n, k / 16), 16-byte aligned; else null */
   const void* scales;       /* (n, k / group_size), aligned to its elements; six-bit and int8: (n, k / 256) */
   const void* zeros;        /* uint8 (n, k / group_size), each at most 16, for GEMMA4_ZEROS; else null */
   const void* offsets;      /* as scales, for GEMMA4_OFFSETS; else null */
   const void* group_scales; /* for GEMMA4_SCALES_SIX_BIT and GEMMA4_SCALES_INT8, 4-byte aligned; else null */
   const float* table;       /* (16), for GEMMA4_TABLE; else null */
-  int32_t scale_dtype;      /* of scales and offsets: gemma4_dtype; of no meaning for GEMMA4_SCALES_E8M0 */
+  const float* scale_table;  /* (256), for GEMMA4_SCALES_NESTED; else null, like the next two */
+  const float* scale_scales; /* (ceil(n * (k / group_size) / 256)) */
+  const float* scale_offset; /* (1) */
+  int32_t scale_dtype;      /* of scales and offsets: gemma4_dtype; of no meaning where scales are bytes */
   int32_t values;           /* gemma4_values */
-  int32_t scale_kind;       /* gemma4_scales; six-bit goes with GEMMA4_OFFSETS, int8 and e8m0 with GEMMA4_TABLE */
-  int32_t zero;             /* 0 to 16, for GEMMA4_CENTRED */
+  int32_t scale_kind;       /* gemma4_scales */
+  int32_t zero;             /* for GEMMA4_CENTRED: 0 to 2^bits, of 8 bits 0 */
+  /* 4 bits: plain with all values, of GEMMA4_TABLE fp16 or fp32; six-bit with GEMMA4_OFFSETS; the others with GEMMA4_TABLE.
+   * 5 bits: fp16, plain with GEMMA4_CENTRED and GEMMA4_OFFSETS, six-bit with GEMMA4_OFFSETS.
+   * 6 bits: int8 with GEMMA4_CENTRED. 8 bits: plain fp16 with GEMMA4_CENTRED. */
+  int32_t bits;
 } gemma4_weight;
 
 /* out (m, n) = x (m, k) W^T + bias, 0 <= m <= 16, summed in fp32 and rounded once. The bits of a row depend on its own numbers,

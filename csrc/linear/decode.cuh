@@ -1,21 +1,27 @@
-// out (m, n) = x (m, k) W^T for up to 16 rows of x and 4-bit codes: what a token, or the verification of a few drafts, waits for.
+// out (m, n) = x (m, k) W^T for up to 16 rows of x and codes of 4, 5, 6 or 8 bits: what a token, or the verification of a few
+// drafts, waits for.
 //
 // A block owns 64 outputs and a piece of K. Its 4 warps own 16 outputs each and share x. A piece goes by in stages of 256 columns,
-// through a ring of shared memory that cp.async fills ahead. Of a stage:
+// of 8 bits 128, through a ring of shared memory that cp.async fills ahead. Of a stage:
 //
-//     codes    64 rows of 128 bytes                            16-byte chunk c of row r stands at chunk c ^ (r % 8)
-//     x        8 * TILES rows of 512 bytes                     chunk c of row m at chunk c ^ (4 * (m % 2))
-//     scales   64 rows of 8 floats, one for 32 columns         half h of row r at half h ^ (r / 4 % 2)
-//     shifts   the same: offsets, or for zero points the pairs of 16-bit numbers to add; only where there are any
+//     codes    64 rows of 128 bytes, the lowest 4 bits or 8     16-byte chunk c of row r stands at chunk c ^ (r % 8);
+//                                                               of 8 bits at chunk c ^ (2 * (r % 4))
+//     high     64 rows of a word for each slot: 5th bits, or    as scales
+//              5th and 6th; only where there are any
+//     x        8 * TILES rows of 512 bytes, of 8 bits 256       chunk c of row m at chunk c ^ (4 * (m % 2));
+//                                                               of 6 bits at chunk c ^ (2 * (m % 4))
+//     scales   64 rows of 4, 8 or 16 floats, one for a slot,    four of them, f, of row r at f ^ (r / 4 % 2);
+//              which is 32 columns, of 6 bits 16                of 16 floats at f ^ (r / 2 % 4)
+//     shifts   as scales: offsets, or for zero points the pairs of 16-bit numbers to add; only where there are any
 //
-// so that no ldmatrix and no 16-byte load meets a bank twice. Scales pass through registers and become fp32 on the way, in whatever
-// form a weight has them: the main loop knows one form.
+// so that no ldmatrix and no 8- or 16-byte load meets a bank twice. Scales pass through registers and become fp32 on the way, in
+// whatever form a weight has them: the main loop knows one form.
 //
 // The weight is the 16-row operand A of mma.m16n8k16, x the 8-column operand B. 32 columns of a weight's row are 4 words, 16 bytes;
 // ldmatrix gives word t to lane t of a row's four. Its codes are columns 8t to 8t + 7, and the mma's own column numbers are
 // given to them as they come: a sum has no order, if x comes in the same one, and 16 bytes of x from column 8t are just that.
-// Two mma make the product of 32 columns; their fp32 sum times the scale joins the accumulator, so codes are never rounded. Offsets
-// are multiplied with the sum of x over the 32 columns, which the warps make for each other.
+// Two mma make the product of 32 columns, or one that of 16; its fp32 sum times the scale joins the accumulator, so codes are never
+// rounded. Offsets are multiplied with the sum of x over the 32 columns, which the warps make for each other.
 //
 // A row of out depends on its own row of x: the columns of B do not meet. Pieces of K follow from the weight's shape and the device.
 #pragma once
@@ -25,10 +31,13 @@
 
 namespace gemma4::linear {
 
-// What a thread brings of a stage: chunks of codes and of x by cp.async, and four scales of one row through registers.
-template <class Type, class Scales, Values VALUES, int TILES>
+// What a thread brings of a stage: chunks of codes and of x by cp.async, and the scales of half a row through registers.
+template <class Type, class Scales, Values VALUES, int BITS, int TILES>
 struct Loader {
-  using Layout = Stage<TILES, VALUES>;
+  using Layout = Stage<TILES, VALUES, BITS>;
+  static constexpr int kColumns = Layout::kColumns, kSlots = Layout::kSlots, kSlotColumns = Layout::kSlotColumns;
+  static constexpr int kRowBytes = Layout::kRowBytes, kChunkColumns = Layout::kChunkColumns;
+  static constexpr int kThreadSlots = kSlots * kOutputs / kThreads;
   static constexpr int kCodeChunks = kOutputs * kCodeBytes / 16 / kThreads;
   static constexpr int kXChunks = TILES * kTileRows * kRowBytes / 16 / kThreads;
   static constexpr int kCodeRows = kThreads / (kCodeBytes / 16);  // rows that all threads cover with one chunk each
@@ -37,12 +46,14 @@ struct Loader {
   const Parameters& p;
   uint64_t policy = ptx::evict_first_policy();
   const unsigned char* codes[kCodeChunks];
+  const unsigned char* high;
   const unsigned char* x[kXChunks];
   uint32_t x_bytes[kXChunks];  // 0 for rows that x does not have
-  int code_target, x_target, scale_target;
+  int code_target, x_target, slot_target;
   int end;                    // of the piece: the column after its last
   int code_column, x_column;  // of the thread's chunks in the next stage
-  int block;                  // of its scales, in blocks of 32 columns
+  int first_slot;             // of its scales
+  bool whole_chunks;          // rows of `high` begin at multiples of 16 bytes; of 6 bits they always do
   Scales scales;
 
   __device__ Loader(const Parameters& parameters, int first_output, int first_stage, int stages)
@@ -50,22 +61,28 @@ struct Loader {
     const int thread = threadIdx.x;
     end = (first_stage + stages) * kColumns < p.k ? (first_stage + stages) * kColumns : p.k;
     const int code_chunk = thread % (kCodeBytes / 16), code_row = thread / (kCodeBytes / 16);
-    code_column = first_stage * kColumns + code_chunk * 32;
-    code_target = code_row * kCodeBytes + (code_chunk ^ code_row % 8) * 16;
+    code_column = first_stage * kColumns + code_chunk * kChunkColumns;
+    code_target = code_row * kCodeBytes + Layout::code_chunk(code_chunk, code_row) * 16;
+    constexpr int kByteColumns = kChunkColumns / 16;
     for (int i = 0; i < kCodeChunks; ++i) {
-      codes[i] = p.codes + int64_t(within(first_output + code_row + i * kCodeRows, p.n)) * (p.k / 2) + code_column / 2;
+      const int64_t row = within(first_output + code_row + i * kCodeRows, p.n);
+      codes[i] = p.codes + row * (p.k / kByteColumns) + code_column / kByteColumns;
     }
     const int x_chunk = thread % (kRowBytes / 16), x_row = thread / (kRowBytes / 16);
     x_column = first_stage * kColumns + x_chunk * 8;
-    x_target = Layout::kX + x_row * kRowBytes + (x_chunk ^ 4 * (x_row % 2)) * 16;
+    x_target = Layout::kX + x_row * kRowBytes + Layout::x_chunk(x_chunk, x_row) * 16;
     for (int i = 0; i < kXChunks; ++i) {
       const int row = x_row + i * kXRows;
       x_bytes[i] = row < p.m ? 16 : 0;
       x[i] = p.x + (row < p.m ? row * p.x_stride : 0) + int64_t(x_column) * 2;
     }
-    const int scale_row = thread / 2, half = thread % 2;
-    block = first_stage * kSlots + 4 * half;
-    scale_target = Layout::kScales + scale_row * kSlots * 4 + (half ^ scale_row / 4 % 2) * 16;
+    const int slot_row = thread / 2, slot = thread % 2 * kThreadSlots;
+    first_slot = first_stage * kSlots + slot;
+    slot_target = Layout::quad_place(slot / 4, slot_row) + slot % 4 * 4;
+    if constexpr (Layout::kHasHigh) {
+      whole_chunks = p.k % (4 * kSlotColumns) == 0;
+      high = p.high + (int64_t(within(first_output + slot_row, p.n)) * (p.k / kSlotColumns) + first_slot) * 4;
+    }
   }
 
   // Outputs beyond the last read its row; nobody stores what they come to.
@@ -83,7 +100,23 @@ struct Loader {
       const uint32_t bytes = x_column < end - ahead * kColumns ? x_bytes[i] : 0;
       ptx::copy_16(stage + x_target + i * kXRows * kRowBytes, x[i] + ahead * kRowBytes, bytes);
     }
-    scales.load(p, block + ahead * kSlots, end / 32 - ahead * kSlots - block);
+    const int present = end / kSlotColumns - ahead * kSlots - first_slot;
+    if constexpr (Layout::kHasHigh) begin_high(stage + Layout::kHigh, high + ahead * kSlots * 4, present);
+    scales.load(p, first_slot + ahead * kSlots, present);
+  }
+
+  // Words of the thread's slots, of which some are present.
+  __device__ __forceinline__ void begin_high(unsigned char* target, const unsigned char* source, int present) {
+#pragma unroll
+    for (int i = 0; i < kThreadSlots; i += 4) {
+      unsigned char* quad = target + (slot_target ^ i * 4);
+      if (BITS == 6 || whole_chunks) {
+        ptx::copy_16_once(quad, source + i * 4, i < present ? 16 : 0, policy);
+      } else {
+#pragma unroll
+        for (int j = i; j < i + 4; ++j) ptx::copy_4_once(quad + j % 4 * 4, source + j * 4, j < present ? 4 : 0, policy);
+      }
+    }
   }
 
   __device__ __forceinline__ void advance(int stages) {
@@ -93,15 +126,25 @@ struct Loader {
     for (int i = 0; i < kXChunks; ++i) x[i] += stages * kRowBytes;
     code_column += stages * kColumns;
     x_column += stages * kColumns;
-    block += stages * kSlots;
+    first_slot += stages * kSlots;
+    if constexpr (Layout::kHasHigh) high += stages * kSlots * 4;
   }
 
   // Puts the stage's scales to the rest of it: as late as may be, so that nobody waits for them.
   __device__ __forceinline__ void finish(unsigned char* stage) const {
-    *reinterpret_cast<float4*>(stage + scale_target) =
-        make_float4(scales.scale(0), scales.scale(1), scales.scale(2), scales.scale(3));
+    unsigned char* target = stage + Layout::kScales;
+    if constexpr (kThreadSlots == 2) {
+      *reinterpret_cast<float2*>(target + slot_target) = {scales.scale(0), scales.scale(1)};
+    } else {
+#pragma unroll
+      for (int i = 0; i < kThreadSlots; i += 4) {
+        *reinterpret_cast<float4*>(target + (slot_target ^ i * 4)) =
+            make_float4(scales.scale(i), scales.scale(i + 1), scales.scale(i + 2), scales.scale(i + 3));
+      }
+    }
     if constexpr (Layout::kHasShifts) {
-      *reinterpret_cast<uint4*>(stage + scale_target + Layout::kShifts - Layout::kScales) =
+      static_assert(kThreadSlots == 4);
+      *reinterpret_cast<uint4*>(stage + Layout::kShifts + slot_target) =
           make_uint4(scales.template shift<Type>(0), scales.template shift<Type>(1), scales.template shift<Type>(2),
                      scales.template shift<Type>(3));
     }
@@ -110,9 +153,10 @@ struct Loader {
 
 // Sums of x over the 32 columns of each slot, which offsets are multiplied with: products with ones. A warp makes those of two
 // slots.
-template <class Type, int TILES>
+template <class Type, int BITS, int TILES>
 __device__ __forceinline__ void sum_columns(const unsigned char* stage, unsigned char* column_sums) {
-  using Layout = Stage<TILES, kOffsets>;
+  using Layout = Stage<TILES, kOffsets, BITS>;
+  constexpr int kSlots = Layout::kSlots, kRowBytes = Layout::kRowBytes;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   constexpr uint32_t ONES = Numbers<Type>::kOnes;
 #pragma unroll
@@ -132,59 +176,85 @@ __device__ __forceinline__ void sum_columns(const unsigned char* stage, unsigned
   }
 }
 
+// The lane's columns of x in 32 columns, one half of 64: those of `Codes`.
+template <class Layout>
+__device__ __forceinline__ uint4 load_x(const unsigned char* columns, int half, int g, int t) {
+  if constexpr (Layout::kSlotColumns == 32) {
+    return *reinterpret_cast<const uint4*>(columns + Layout::x_chunk(4 * half, g) * 16 + t * 16);
+  } else {
+    const unsigned char* mine = columns + t % 2 * 16 + t / 2 * 8;
+    const uint2 first = *reinterpret_cast<const uint2*>(mine + Layout::x_chunk(4 * half, g) * 16);
+    const uint2 second = *reinterpret_cast<const uint2*>(mine + Layout::x_chunk(4 * half + 2, g) * 16);
+    return {first.x, first.y, second.x, second.y};
+  }
+}
+
+// A product, which has two columns of x for the lane's two outputs, times a number of each output.
+__device__ __forceinline__ void add_scaled(float (&sums)[4], float upper, float lower, const float (&product)[4]) {
+  sums[0] = fmaf(upper, product[0], sums[0]);
+  sums[1] = fmaf(upper, product[1], sums[1]);
+  sums[2] = fmaf(lower, product[2], sums[2]);
+  sums[3] = fmaf(lower, product[3], sums[3]);
+}
+
 // What a warp makes of a stage: its 16 outputs for all rows of x.
-template <class Type, Values VALUES, int TILES>
+template <class Type, Values VALUES, int BITS, int TILES>
 __device__ __forceinline__ void fold(const unsigned char* stage, const unsigned char* column_sums,
-                                     const Expander<Type, VALUES>& expander, float (&sums)[TILES][4]) {
-  using Layout = Stage<TILES, VALUES>;
+                                     const Expander<Type, VALUES, BITS>& expander, float (&sums)[TILES][4]) {
+  using Layout = Stage<TILES, VALUES, BITS>;
+  constexpr int kStepSlots = 32 / Layout::kSlotColumns, kPairs = 2 / kStepSlots;  // of a quad of slots
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  // Lane l names row l % 8 of matrix l / 8: the rows from 0, from 8, then the same of the next 16 bytes.
-  const int matrix_row = warp * 16 + lane % 16;
-  const unsigned char* codes = stage + matrix_row * kCodeBytes;
-  const int first_chunk = lane / 16 ^ lane % 8;
-  const unsigned char* x = stage + Layout::kX + g * kRowBytes + t * 16;
-  const int swapped = g % 2;
-  const unsigned char* scales = stage + Layout::kScales + (warp * 16 + g) * kSlots * 4;
+  const Reader<BITS> reader(stage);
+  const unsigned char* x = stage + Layout::kX + g * Layout::kRowBytes;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int offset = (half ^ g / 4 % 2) * 16;
+  for (int quad = 0; quad < Layout::kQuads; ++quad) {
+    const unsigned char* upper_place = stage + Layout::quad_place(quad, warp * 16 + g);
+    const unsigned char* lower_place = upper_place + 8 * Layout::kSlots * 4;
     float upper_scale[4], lower_scale[4];
-    *reinterpret_cast<float4*>(upper_scale) = *reinterpret_cast<const float4*>(scales + offset);
-    *reinterpret_cast<float4*>(lower_scale) = *reinterpret_cast<const float4*>(scales + offset + 8 * kSlots * 4);
-    uint32_t upper_shift[4] = {}, lower_shift[4] = {};
+    *reinterpret_cast<float4*>(upper_scale) = *reinterpret_cast<const float4*>(upper_place + Layout::kScales);
+    *reinterpret_cast<float4*>(lower_scale) = *reinterpret_cast<const float4*>(lower_place + Layout::kScales);
+    uint32_t upper_shift[4] = {}, lower_shift[4] = {}, upper_high[4] = {}, lower_high[4] = {};
     if constexpr (Layout::kHasShifts) {
-      const unsigned char* shifts = scales + (Layout::kShifts - Layout::kScales) + offset;
-      *reinterpret_cast<uint4*>(upper_shift) = *reinterpret_cast<const uint4*>(shifts);
-      *reinterpret_cast<uint4*>(lower_shift) = *reinterpret_cast<const uint4*>(shifts + 8 * kSlots * 4);
+      *reinterpret_cast<uint4*>(upper_shift) = *reinterpret_cast<const uint4*>(upper_place + Layout::kShifts);
+      *reinterpret_cast<uint4*>(lower_shift) = *reinterpret_cast<const uint4*>(lower_place + Layout::kShifts);
+    }
+    if constexpr (Layout::kHasHigh) {
+      *reinterpret_cast<uint4*>(upper_high) = *reinterpret_cast<const uint4*>(upper_place + Layout::kHigh);
+      *reinterpret_cast<uint4*>(lower_high) = *reinterpret_cast<const uint4*>(lower_place + Layout::kHigh);
     }
 #pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      uint32_t words[4];  // rows g and g + 8 of one group of columns, then of the next
-      ptx::load_matrices(words, codes + ((4 * half + 2 * pair) ^ first_chunk) * 16);
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int columns = quad * kPairs + pair;  // in 64
+      Codes<BITS> codes[2][2];
+      reader.read(columns, codes);
 #pragma unroll
-      for (int which = 0; which < 2; ++which) {
-        const int slot = 2 * pair + which;
+      for (int half = 0; half < 2; ++half) {
+        const int slot = (2 * pair + half) * kStepSlots;
+#pragma unroll
+        for (int i = 0; i < kStepSlots; ++i) {
+          codes[half][0].high[i] = upper_high[slot + i];
+          codes[half][1].high[i] = lower_high[slot + i];
+        }
         uint32_t upper[4], lower[4];
-        expander.pairs_of(words[2 * which], upper_shift[slot], upper);
-        expander.pairs_of(words[2 * which + 1], lower_shift[slot], lower);
+        expander.pairs_of(codes[half][0], upper_shift[slot], upper);
+        expander.pairs_of(codes[half][1], lower_shift[slot], lower);
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
-          const unsigned char* columns = x + tile * kTileRows * kRowBytes + (4 * half + 2 * pair) * 64 + (which ^ swapped) * 64;
-          const uint4 b = *reinterpret_cast<const uint4*>(columns);
+          const uint4 b = load_x<Layout>(x + tile * kTileRows * Layout::kRowBytes + columns * 128, half, g, t);
           float product[4] = {0, 0, 0, 0};
           ptx::multiply<Type>(product, {upper[0], lower[0], upper[1], lower[1]}, {b.x, b.y}, product);
+          if constexpr (kStepSlots == 2) {
+            add_scaled(sums[tile], upper_scale[slot], lower_scale[slot], product);
+            product[0] = product[1] = product[2] = product[3] = 0;
+          }
           ptx::multiply<Type>(product, {upper[2], lower[2], upper[3], lower[3]}, {b.z, b.w}, product);
-          sums[tile][0] = fmaf(upper_scale[slot], product[0], sums[tile][0]);
-          sums[tile][1] = fmaf(upper_scale[slot], product[1], sums[tile][1]);
-          sums[tile][2] = fmaf(lower_scale[slot], product[2], sums[tile][2]);
-          sums[tile][3] = fmaf(lower_scale[slot], product[3], sums[tile][3]);
+          const int last = slot + kStepSlots - 1;
+          add_scaled(sums[tile], upper_scale[last], lower_scale[last], product);
           if constexpr (VALUES == kOffsets) {
-            const int place = (4 * half + slot) * Layout::kSumRow + (tile * kTileRows + 2 * t) * 4;
+            const int place = (4 * quad + slot) * Layout::kSumRow + (tile * kTileRows + 2 * t) * 4;
             const float2 sum = *reinterpret_cast<const float2*>(column_sums + place);
-            sums[tile][0] = fmaf(__uint_as_float(upper_shift[slot]), sum.x, sums[tile][0]);
-            sums[tile][1] = fmaf(__uint_as_float(upper_shift[slot]), sum.y, sums[tile][1]);
-            sums[tile][2] = fmaf(__uint_as_float(lower_shift[slot]), sum.x, sums[tile][2]);
-            sums[tile][3] = fmaf(__uint_as_float(lower_shift[slot]), sum.y, sums[tile][3]);
+            const float columns_sums[4] = {sum.x, sum.y, sum.x, sum.y};
+            add_scaled(sums[tile], __uint_as_float(upper_shift[slot]), __uint_as_float(lower_shift[slot]), columns_sums);
           }
         }
       }
@@ -210,38 +280,39 @@ __device__ __forceinline__ void store(const Parameters& p, int piece, int row, i
   }
 }
 
-template <class Type, class Scales, Values VALUES, int TILES>
+template <class Type, class Scales, Values VALUES, int BITS, int TILES>
 __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const Parameters p) {
-  constexpr int STAGES = Stage<TILES, VALUES>::kStages, BYTES = Stage<TILES, VALUES>::kBytes;
+  using Layout = Stage<TILES, VALUES, BITS>;
+  constexpr int STAGES = Layout::kStages, BYTES = Layout::kBytes;
   GEMMA4_SHARED(ring);
   const int first_output = blockIdx.x * kOutputs, piece = blockIdx.y;
   const int first_stage = piece * p.piece_stages;
-  const int all_stages = (p.k + kColumns - 1) / kColumns;
+  const int all_stages = (p.k + Layout::kColumns - 1) / Layout::kColumns;
   const int stages = p.piece_stages < all_stages - first_stage ? p.piece_stages : all_stages - first_stage;
-  Loader<Type, Scales, VALUES, TILES> loader(p, first_output, first_stage, stages);
+  Loader<Type, Scales, VALUES, BITS, TILES> loader(p, first_output, first_stage, stages);
   for (int stage = 0; stage < STAGES - 1; ++stage) {
     loader.begin(ring + stage * BYTES, stage);
     loader.finish(ring + stage * BYTES);
     ptx::commit();
   }
   unsigned char* column_sums = ring + STAGES * BYTES;
-  const Expander<Type, VALUES> expander(p);
+  const Expander<Type, VALUES, BITS> expander(p);
   float sums[TILES][4] = {};
   // A pass of the loop is a round of the ring, so that slots are known to the compiler.
   for (int first = 0; first < stages; first += STAGES) {
 #pragma unroll
     for (int slot = 0; slot < STAGES; ++slot) {
-      if (first + slot >= stages) break;
+      if (first + slot >= stages) continue;  // a loop with a way out in the middle may be left as it is, not unrolled
       ptx::wait<STAGES - 2>();
       __syncthreads();  // everyone's copies of this stage have arrived, and everyone has left the slot that is filled next
       unsigned char* filling = ring + (slot + STAGES - 1) % STAGES * BYTES;
       loader.begin(filling, slot + STAGES - 1);
       ptx::commit();
       if constexpr (VALUES == kOffsets) {
-        sum_columns<Type, TILES>(ring + slot * BYTES, column_sums);
+        sum_columns<Type, BITS, TILES>(ring + slot * BYTES, column_sums);
         __syncthreads();
       }
-      fold<Type, VALUES, TILES>(ring + slot * BYTES, column_sums, expander, sums);
+      fold<Type, VALUES, BITS, TILES>(ring + slot * BYTES, column_sums, expander, sums);
       loader.finish(filling);
     }
     loader.advance(STAGES);

@@ -12,17 +12,20 @@ struct Kind {
   int values;       // gemma4_values
   int scales;       // gemma4_scales
   int scale_dtype;  // gemma4_dtype
+  int bits;         // of a code
 };
 
 // Launches the kernel for one dtype of x; pieces is the number of blocks along K.
 std::string launch_bf16(const Parameters& parameters, Kind kind, int pieces, void* stream);
 std::string launch_fp16(const Parameters& parameters, Kind kind, int pieces, void* stream);
 
-// The same for values with offsets and for those of a table, in files of their own.
+// The same for values with offsets, for those of a table, and for codes of more than 4 bits, in files of their own.
 std::string launch_offsets_bf16(const Parameters& parameters, Kind kind, int pieces, void* stream);
 std::string launch_offsets_fp16(const Parameters& parameters, Kind kind, int pieces, void* stream);
 std::string launch_table_bf16(const Parameters& parameters, Kind kind, int pieces, void* stream);
 std::string launch_table_fp16(const Parameters& parameters, Kind kind, int pieces, void* stream);
+std::string launch_wide_bf16(const Parameters& parameters, Kind kind, int pieces, void* stream);
+std::string launch_wide_fp16(const Parameters& parameters, Kind kind, int pieces, void* stream);
 
 // Adds the pieces in their order.
 std::string launch_add_pieces(const Parameters& parameters, bool is_bf16, int pieces, void* stream);

@@ -11,18 +11,22 @@ using ptx::Fp16;
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kOutputs = 16 * kWarps;      // of a block
-constexpr int kColumns = 256;              // of a stage
-constexpr int kSlots = kColumns / 32;      // scales of a row in a stage
-constexpr int kCodeBytes = kColumns / 2;   // of a row in a stage
-constexpr int kRowBytes = kColumns * 2;    // of x
+constexpr int kCodeBytes = 128;            // of a row in a stage
 constexpr int kTileRows = 8;               // rows of x that one mma takes
+constexpr int kSuperColumns = 256;         // that share the outer one of two scales
+// Of two blocks on a multiprocessor of sm_86, which has 100 KiB and keeps 1 KiB of them for each block.
+constexpr int kMostBlockBytes = 49 * 1024;
 
 struct Parameters {
-  const unsigned char* codes;    // (n, k / 2)
-  const void* scales;            // (n, groups); six-bit: (n, k / 256) fp16
+  const unsigned char* codes;    // (n, k / 2); of 8 bits (n, k)
+  const unsigned char* high;     // of 5 bits uint32 (n, k / 32), of 6 bits uint32 (n, k / 16), else null
+  const void* scales;            // (n, groups); six-bit and int8: (n, k / 256) fp16; nested: uint8 (n, groups)
   const void* shifts;            // offsets as scales, or zeros uint8 (n, groups), or null
   const void* group_scales;      // six-bit: uint32 (n, k / 256, 3); int8: (n, groups)
   const float* table;            // 16 numbers, or null
+  const float* scale_table;      // nested: 256 numbers,
+  const float* scale_scales;     // one for 256 groups, which may be of two rows,
+  const float* scale_offset;     // and one for all
   const unsigned char* x;
   void* out;
   const void* bias;              // (n), or null
@@ -61,19 +65,48 @@ __device__ __forceinline__ uint32_t minus(uint32_t zero) {
   return (Numbers<Type>::kMinusBase >> 16 | zero) * 0x10001u;
 }
 
-template <int TILES, Values VALUES>
-struct Stage {
-  static constexpr int kX = kOutputs * kCodeBytes;
+// The columns of a stage, by the bits of a code. A slot is what shares a scale at least.
+template <int BITS>
+struct Columns {
+  static constexpr int kColumns = BITS == 8 ? 128 : 256;
+  static constexpr int kSlotColumns = BITS == 6 ? 16 : 32;
+  static constexpr int kSlots = kColumns / kSlotColumns;
+  static constexpr int kChunkColumns = BITS == 8 ? 16 : 32;  // of 16 bytes of codes
+  static constexpr bool kHasHigh = BITS == 5 || BITS == 6;   // bits above the fourth: a word for each slot
+};
+
+// The columns of a stage at run time.
+inline int stage_columns(int bits) { return bits == 8 ? Columns<8>::kColumns : Columns<4>::kColumns; }
+
+// Where things lie in a stage, and how many stages there are.
+template <int TILES, Values VALUES, int BITS>
+struct Stage : Columns<BITS> {
+  using Columns<BITS>::kColumns;
+  using Columns<BITS>::kSlots;
+  static constexpr int kRowBytes = kColumns * 2;           // of x
+  static constexpr int kSlotBytes = kOutputs * kSlots * 4;  // of a word for each slot
+  static constexpr int kHigh = kOutputs * kCodeBytes;
+  static constexpr int kX = kHigh + (Columns<BITS>::kHasHigh ? kSlotBytes : 0);
   static constexpr int kScales = kX + TILES * kTileRows * kRowBytes;
-  static constexpr int kShifts = kScales + kOutputs * kSlots * 4;
+  static constexpr int kShifts = kScales + kSlotBytes;
   static constexpr bool kHasShifts = VALUES == kZeros || VALUES == kOffsets;
-  static constexpr int kBytes = kShifts + (kHasShifts ? kOutputs * kSlots * 4 : 0);
-  // More stages than two of 16 rows would leave room for one block only on a multiprocessor of sm_86.
-  static constexpr int kStages = TILES == 1 ? 3 : 2;
-  static constexpr int kRingBytes = kBytes * kStages;
+  static constexpr int kBytes = kShifts + (kHasShifts ? kSlotBytes : 0);
   // Behind the ring: sums of x over the columns of a slot, one for each row of x.
   static constexpr int kSumRow = TILES * kTileRows * 4;
-  static constexpr int kSharedBytes = kRingBytes + (VALUES == kOffsets ? kSlots * kSumRow : 0);
+  static constexpr int kSumBytes = VALUES == kOffsets ? kSlots * kSumRow : 0;
+  static constexpr int kStages = (kMostBlockBytes - kSumBytes) / kBytes;
+  static constexpr int kRingBytes = kBytes * kStages;
+  static constexpr int kSharedBytes = kRingBytes + kSumBytes;
+  static_assert(kStages >= 2, "one stage is filled while another is used");
+
+  // Chunks of 16 bytes of a row, in the order in which they lie: see the map in decode.cuh.
+  static __device__ __forceinline__ int code_chunk(int chunk, int row) { return chunk ^ (BITS == 8 ? 2 * (row % 4) : row % 8); }
+  static __device__ __forceinline__ int x_chunk(int chunk, int row) { return chunk ^ (BITS == 6 ? 2 * (row % 4) : 4 * (row % 2)); }
+  // The place of four slots of a row among the words of slots.
+  static constexpr int kQuads = kSlots / 4;
+  static __device__ __forceinline__ int quad_place(int quad, int row) {
+    return row * kSlots * 4 + (quad ^ row / (8 / kQuads) % kQuads) * 16;
+  }
 };
 
 }  // namespace gemma4::linear

@@ -1,4 +1,4 @@
-"""Quantised products by the compiled kernels of csrc/linear: up to 16 rows, 4-bit codes.
+"""Quantised products by the compiled kernels of csrc/linear: up to 16 rows, every scheme.
 
 x is (M, K) with a dense last dim, M may be 0, and shapes and dtypes have been checked before; `refuses` has said that the
 weight is one of those that the kernels read.
@@ -16,10 +16,10 @@ from gemma4_kernels.linear.weight import QuantizedWeight
 
 # gemma4_values and gemma4_scales, by what a layout calls them.
 _VALUES = {"centred": 0, "zeros": 1, "offsets": 2, "table": 3}
-_SCALES = {"plain": 0, "six_bit": 1, "int8": 2, "e8m0": 3}
+_SCALES = {"plain": 0, "six_bit": 1, "int8": 2, "e8m0": 3, "nested": 4}
 _ALIGNMENT = 16  # bytes: the copies of a kernel
 
-# (scheme, reason): what the kernels read. Everything else is Triton's.
+# (scheme, reason): what the kernels read.
 SERVED = {
     "Q4_0": "4-bit codes around 8, a scale for 32 columns",
     "W4A16": "the same with groups of any multiple of 32",
@@ -34,6 +34,13 @@ SERVED = {
     "IQ4_NL": "as NF4",
     "IQ4_XS": "as NF4; scales as in Q4_K",
     "MXFP4": "as NF4; scales are powers of two",
+    "NF4_NESTED": "as NF4; the bytes of scales become fp32 on their way to shared memory",
+    "FP4_NESTED": "as NF4_NESTED",
+    "Q5_0": "as Q4_0; fifth bits are a word for 32 columns, in shared memory beside their scale",
+    "Q5_1": "as Q5_0, with the offsets of Q4_1",
+    "Q5_K": "as Q5_1, with the scales of Q4_K",
+    "Q6_K": "upper bits as in Q5_0, for 16 columns; lanes deal out the codes so that a product takes one group",
+    "Q8_0": "half the columns at a time; all 8 bits are exact in bf16",
 }
 MOST_ROWS = 16  # two tiles of 8; from there on Triton's tiles make a weight once for more rows than these kernels
 
@@ -46,7 +53,7 @@ def refuses(call: Call) -> str | None:
         return None
     if call.scheme not in SERVED:
         return f"reads {', '.join(SERVED)}, not {call.scheme}"
-    if call.group_size % 32:
+    if call.group_size % 32 and not SCHEMES[call.scheme].group_sizes:
         return f"takes groups of a multiple of 32 columns, the weight has {call.group_size}"
     if call.shape_class.startswith("prefill"):
         return f"goes to {MOST_ROWS} rows"
@@ -61,6 +68,7 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) ->
         x = x.index_select(1, weight.columns)
     x = _aligned_rows(x)
     codes = _aligned(weight.codes)
+    high = None if weight.high is None else _aligned(weight.high)
     bias = None if bias is None else bias.contiguous()
     layout = SCHEMES[weight.scheme]
     module = support.module_for(x.device)
@@ -68,9 +76,11 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) ->
         x=x.data_ptr(), x_stride=x.stride(0) if x.shape[0] > 1 else K, out=out.data_ptr(), out_stride=N, m=x.shape[0],
         dtype=support.DTYPE_CODES[x.dtype], bias=_address(bias),
         bias_dtype=0 if bias is None else support.DTYPE_CODES[bias.dtype], n=N, k=K, group_size=weight.group_size,
-        codes=codes.data_ptr(), scales=weight.scales.data_ptr(), scale_dtype=support.DTYPE_CODES.get(weight.scales.dtype, 0),
+        codes=codes.data_ptr(), high=_address(high), scales=weight.scales.data_ptr(),
+        scale_dtype=support.DTYPE_CODES.get(weight.scales.dtype, 0),
         zeros=_address(weight.zeros), offsets=_address(weight.offsets), group_scales=_address(weight.group_scales),
-        table=_address(weight.table),
+        table=_address(weight.table), scale_table=_address(weight.scale_table), scale_scales=_address(weight.scale_scales),
+        scale_offset=_address(weight.scale_offset), bits=layout.bits,
         values=_VALUES[layout.values], scale_kind=_SCALES[layout.scales], zero=layout.zero,
     )  # fmt: skip
     on_gpu = x.device.type == "cuda"

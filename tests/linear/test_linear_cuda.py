@@ -46,6 +46,19 @@ def test_every_scheme_and_number_of_rows_keeps_the_error_rule(scheme, dtype, row
 
 
 @needs_emulator
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", ["Q4_0", "W4A16_ASYM", "Q5_0", "Q6_K", "Q8_0"])
+def test_every_code_in_every_column_is_its_value(scheme, dtype):
+    """x picks one column a time, so a product is one value of the weight and must be it, rounded once."""
+    columns = 256 if scheme == "Q6_K" else 160
+    weight = random_weight(scheme, (256, columns))
+    values = weight.dequantize(dtype)
+    for first in range(0, columns, 16):
+        x = torch.eye(columns, dtype=dtype)[first : first + 16]
+        assert torch.equal(quantized_linear(x, weight), values[:, first : first + 16].T)
+
+
+@needs_emulator
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("scheme", "group"),
@@ -66,10 +79,25 @@ def test_groups_and_scales_of_every_kind(scheme, group, scale_dtype):
 
 
 @needs_emulator
+@pytest.mark.parametrize("group", [32, 96, 1152])
+def test_nested_scales_whose_outer_numbers_serve_parts_of_rows(group):
+    weight = random_weight("NF4_NESTED", (97, 1152), group)
+    assert_linear(drawn(3, 1152), weight)
+
+
+@needs_emulator
 @pytest.mark.parametrize("shape", [(1, 32), (64, 256), (65, 288), (129, 512), (16, 2048), (40, 4512), (70, 3840)])
-def test_ragged_sizes_and_cut_columns(shape):
+@pytest.mark.parametrize("scheme", ["Q4_0", "Q5_0", "Q8_0"])
+def test_ragged_sizes_and_cut_columns(scheme, shape):
     for rows in (1, 9):
-        assert_linear(drawn(rows, shape[1]), random_weight("Q4_0", shape))
+        assert_linear(drawn(rows, shape[1]), random_weight(scheme, shape))
+
+
+@needs_emulator
+@pytest.mark.parametrize("scheme", ["Q5_1", "Q5_K", "Q6_K", "NF4_NESTED"])
+def test_ragged_outputs_and_cut_columns(scheme):
+    for shape in ((1, 256), (65, 2304), (16, 3840)):
+        assert_linear(drawn(9, shape[1]), random_weight(scheme, shape))
 
 
 @needs_emulator
@@ -110,8 +138,11 @@ def test_special_numbers_stay_in_their_row():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("scheme", "shape"),
-    [("Q4_0", (70, 4512)), ("W4A16", (200, 640)), ("AWQ", (33, 2304)), ("Q4_K", (40, 2048)), ("NF4", (70, 640))],
-)
+    [
+        ("Q4_0", (70, 4512)), ("W4A16", (200, 640)), ("AWQ", (33, 2304)), ("Q4_K", (40, 2048)), ("NF4", (70, 640)),
+        ("NF4_NESTED", (70, 640)), ("Q5_0", (33, 2080)), ("Q5_K", (40, 2048)), ("Q6_K", (70, 2304)), ("Q8_0", (70, 2080)),
+    ],
+)  # fmt: skip
 def test_a_row_keeps_its_bits_among_others(scheme, shape, dtype):
     weight, x = random_weight(scheme, shape), drawn(16, shape[1], dtype=dtype)
     together = quantized_linear(x, weight)
@@ -149,7 +180,6 @@ def test_a_case_keeps_the_error_rule(case):
 @pytest.mark.parametrize(
     ("reason", "scheme", "group", "rows", "dtype"),
     [
-        ("reads Q4_0, W4A16, .*, not Q6_K", "Q6_K", 16, 1, torch.bfloat16),
         ("multiple of 32 columns, the weight has 16", "W4A16", 16, 1, torch.bfloat16),
         ("goes to 16 rows", "Q4_0", 32, 17, torch.bfloat16),
         ("takes bfloat16, float16, not float32", "Q4_0", 32, 1, torch.float32),
@@ -159,6 +189,13 @@ def test_what_no_kernel_serves_has_a_reason(reason, scheme, group, rows, dtype):
     weight = random_weight(scheme, (70, 512), group)
     with pytest.raises(BackendError, match=reason):
         quantized_linear(drawn(rows, 512, dtype=dtype), weight)
+
+
+@needs_emulator
+def test_a_scheme_that_is_not_in_the_table_has_a_reason(monkeypatch):
+    monkeypatch.delitem(cuda.SERVED, "Q6_K")
+    with pytest.raises(BackendError, match=r"reads Q4_0, W4A16, .*, not Q6_K"):
+        quantized_linear(drawn(1, 512), random_weight("Q6_K", (70, 512)))
 
 
 def call(architecture: str) -> Call:
@@ -213,6 +250,6 @@ def test_the_emulator_runs_only_where_it_is_asked_for(monkeypatch):
         quantized_linear(drawn(2, 160, seed=9), weight)
 
 
-def test_the_table_names_schemes():
-    assert cuda.SERVED.keys() <= SCHEMES.keys()
-    assert all(SCHEMES[scheme].values in cuda._VALUES for scheme in cuda.SERVED)
+def test_the_table_names_every_scheme():
+    assert cuda.SERVED.keys() == SCHEMES.keys()
+    assert all(layout.values in cuda._VALUES and layout.scales in cuda._SCALES for layout in SCHEMES.values())
