@@ -1,10 +1,12 @@
-"""Quantised products by the compiled kernels of csrc/linear: up to 16 rows, 4-bit codes.
+"""Quantised products by the compiled kernels of csrc/linear, plain and fused: up to 16 rows, 4-bit codes.
 
 x is (M, K) with a dense last dim, M may be 0, and shapes and dtypes have been checked before; `refuses` has said that the
 weight is one of those that the kernels read.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,33 +55,82 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """x @ W.T (+ bias): (M, N) in x's dtype."""
-    N, K = weight.shape
-    out = x.new_empty((x.shape[0], N))
-    if weight.columns is not None:
-        x = x.index_select(1, weight.columns)
-    x = _aligned_rows(x)
-    codes = _aligned(weight.codes)
+def quantized_linear(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
+    """x @ W.T (+ bias) (+ residual): (M, N) in x's dtype."""
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    x = _operand(x, weight)
     bias = None if bias is None else bias.contiguous()
-    layout = SCHEMES[weight.scheme]
-    module = support.module_for(x.device)
-    arguments = module.LinearArguments(
-        x=x.data_ptr(), x_stride=x.stride(0) if x.shape[0] > 1 else K, out=out.data_ptr(), out_stride=N, m=x.shape[0],
-        dtype=support.DTYPE_CODES[x.dtype], bias=_address(bias),
-        bias_dtype=0 if bias is None else support.DTYPE_CODES[bias.dtype], n=N, k=K, group_size=weight.group_size,
-        codes=codes.data_ptr(), scales=weight.scales.data_ptr(), scale_dtype=support.DTYPE_CODES.get(weight.scales.dtype, 0),
-        zeros=_address(weight.zeros), offsets=_address(weight.offsets), group_scales=_address(weight.group_scales),
-        table=_address(weight.table),
-        values=_VALUES[layout.values], scale_kind=_SCALES[layout.scales], zero=layout.zero,
+    residual = None if residual is None else _with_rows_apart(residual)
+    codes = _aligned(weight.codes)
+    _call(
+        "linear", "LinearArguments", x, weight=_fields(weight, codes, x.device), out=out.data_ptr(), out_stride=out.shape[1],
+        bias=_address(bias), bias_dtype=0 if bias is None else support.DTYPE_CODES[bias.dtype],
+        residual=_address(residual), residual_stride=out.shape[1] if residual is None else _step(residual),
     )  # fmt: skip
+    return out
+
+
+def quantized_geglu(x: Tensor, gate: QuantizedWeight, up: QuantizedWeight) -> Tensor:
+    """gelu(x @ gate.T) * (x @ up.T), GeLU by its tanh approximation: (M, N) in x's dtype."""
+    out = x.new_empty((x.shape[0], gate.shape[0]))
+    x = _operand(x, gate)
+    gate_codes, up_codes = _aligned(gate.codes), _aligned(up.codes)
+    _call(
+        "linear_geglu", "LinearGegluArguments", x, gate=_fields(gate, gate_codes, x.device),
+        up=_fields(up, up_codes, x.device), out=out.data_ptr(), out_stride=out.shape[1],
+    )  # fmt: skip
+    return out
+
+
+def quantized_argmax(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """The lowest index of each row's largest output, of those that `quantized_linear` gives: (M,) int64; -1 for a NaN."""
+    out = x.new_empty((x.shape[0],), dtype=torch.int64)
+    x = _operand(x, weight)
+    codes = _aligned(weight.codes)
+    _call("linear_argmax", "LinearArgmaxArguments", x, weight=_fields(weight, codes, x.device), indices=out.data_ptr())
+    return out
+
+
+def _call(name: str, arguments_class: str, x: Tensor, **rest: Any) -> None:
+    """Run a function of the C interface on x (M, K), and on whatever tensors the caller keeps alive."""
+    module = support.module_for(x.device)
+    arguments = getattr(module, arguments_class)(
+        x=x.data_ptr(), x_stride=_step(x), m=x.shape[0], dtype=support.DTYPE_CODES[x.dtype], **rest
+    )
     on_gpu = x.device.type == "cuda"
     with torch.cuda.device(x.device if on_gpu else -1):
-        nbytes = module.linear_workspace(arguments)
+        nbytes = getattr(module, f"{name}_workspace")(arguments)
         workspace = torch.empty(nbytes, dtype=torch.uint8, device=x.device)
         stream = torch.cuda.current_stream(x.device).cuda_stream if on_gpu else 0
-        module.linear(arguments, workspace.data_ptr(), nbytes, stream)
-    return out
+        getattr(module, name)(arguments, workspace.data_ptr(), nbytes, stream)
+
+
+def _fields(weight: QuantizedWeight, codes: Tensor, device: torch.device) -> Any:
+    """A weight as the C interface takes it; `codes` are the weight's own, or a copy that is aligned."""
+    (N, K), layout = weight.shape, SCHEMES[weight.scheme]
+    return support.module_for(device).Weight(
+        n=N, k=K, group_size=weight.group_size, codes=codes.data_ptr(), scales=weight.scales.data_ptr(),
+        scale_dtype=support.DTYPE_CODES.get(weight.scales.dtype, 0), zeros=_address(weight.zeros),
+        offsets=_address(weight.offsets), group_scales=_address(weight.group_scales), table=_address(weight.table),
+        values=_VALUES[layout.values], scale_kind=_SCALES[layout.scales], zero=layout.zero,
+    )  # fmt: skip
+
+
+def _operand(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """x with its columns in the order of the stored ones, and rows that begin at multiples of 16 bytes."""
+    return _aligned_rows(x if weight.columns is None else x.index_select(1, weight.columns))
+
+
+def _step(rows: Tensor) -> int:
+    """Elements from row to row; PyTorch gives a single row any stride."""
+    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
+
+
+def _with_rows_apart(rows: Tensor) -> Tensor:
+    """Itself, unless its rows overlap, as those of an expanded tensor do."""
+    return rows if _step(rows) >= rows.shape[1] else rows.contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:
