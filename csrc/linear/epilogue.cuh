@@ -2,7 +2,7 @@
 //
 //     a piece of K   sums to the workspace, fp32; one of the kernels of pieces.cu adds them in their order and goes on from there
 //     product        sum + bias + residual, in fp32, rounded once
-//     GeGLU          gelu(gate) * up, in fp32, rounded once; two of the warps hand their sums to the others
+//     GeGLU          gelu(gate) * up, in fp32, rounded once; two of the warps have the one, two the other
 //     argmax         the largest of the block's outputs for each row of x, each rounded as the product is
 //
 // All of it is decided at run time: it is done once a block, after the loop, and a kernel more for each kind of weight would be
@@ -78,38 +78,44 @@ __device__ __forceinline__ void for_each_sum(const float (&sums)[TILES][4], cons
   }
 }
 
+// All sums of the block in shared memory, (rows of x, kOutputs), for whoever needs those of other threads.
+template <int TILES>
+__device__ __forceinline__ float* share(unsigned char* shared, const float (&sums)[TILES][4]) {
+  auto* all = reinterpret_cast<float*>(shared);
+  __syncthreads();  // everyone has left the ring
+  for_each_sum<TILES>(sums, [&](int row, int block_row, float sum) { all[row * kOutputs + block_row] = sum; });
+  __syncthreads();
+  return all;
+}
+
 template <class Type, int TILES>
 __device__ __forceinline__ void store_geglu(const Parameters& p, unsigned char* shared, const float (&sums)[TILES][4]) {
-  float* up = reinterpret_cast<float*>(shared);  // (rows of x, kPairs)
-  __syncthreads();  // everyone has left the ring
-  for_each_sum<TILES>(sums, [&](int row, int block_row, float sum) {
-    if (block_row >= kPairs) up[row * kPairs + block_row - kPairs] = sum;
-  });
-  __syncthreads();
-  for_each_sum<TILES>(sums, [&](int row, int block_row, float sum) {
-    const int output = output_of(p, block_row);
-    if (block_row >= kPairs || row >= p.m || output >= p.n) return;
-    static_cast<uint16_t*>(p.out)[row * p.out_stride + output] = rounded(gelu_tanh(sum) * up[row * kPairs + block_row], Type());
-  });
+  const float* all = share<TILES>(shared, sums);
+  const int block_row = threadIdx.x % kPairs, output = output_of(p, block_row);
+  if (output >= p.n) return;
+#pragma unroll 1  // a small loop: it is not where time goes
+  for (int row = threadIdx.x / kPairs; row < p.m; row += kThreads / kPairs) {
+    const float* gate = all + row * kOutputs + block_row;
+    static_cast<uint16_t*>(p.out)[row * p.out_stride + output] = rounded(gelu_tanh(gate[0]) * gate[kPairs], Type());
+  }
 }
 
 template <class Type, int TILES>
 __device__ __forceinline__ void store_candidate(const Parameters& p, unsigned char* shared, const float (&sums)[TILES][4]) {
-  constexpr int THREADS = kThreads / (TILES * kTileRows);  // of a row of x
-  float* all = reinterpret_cast<float*>(shared);           // (rows of x, kOutputs)
-  auto* found = reinterpret_cast<Candidate*>(all + TILES * kTileRows * kOutputs);  // (rows of x, THREADS)
-  __syncthreads();  // everyone has left the ring
-  for_each_sum<TILES>(sums, [&](int row, int block_row, float sum) { all[row * kOutputs + block_row] = sum; });
-  __syncthreads();
+  constexpr int ROWS = TILES * kTileRows, THREADS = kThreads / ROWS;  // of a row of x
+  const float* all = share<TILES>(shared, sums);
+  auto* found = reinterpret_cast<Candidate*>(shared + ROWS * kOutputs * sizeof(float));  // (rows of x, THREADS)
   const int row = threadIdx.x / THREADS, place = threadIdx.x % THREADS;
   Candidate best = no_candidate();
+#pragma unroll 1
   for (int block_row = place; block_row < kOutputs; block_row += THREADS) {
     const int output = output_of(p, block_row);
-    if (output < p.n) best = first_of(best, candidate_of<Type>(p, row, output, all[row * kOutputs + block_row]));
+    if (output < p.n && row < p.m) best = first_of(best, candidate_of<Type>(p, row, output, all[row * kOutputs + block_row]));
   }
   found[threadIdx.x] = best;
   __syncthreads();
   if (place != 0 || row >= p.m) return;
+#pragma unroll 1
   for (int i = 1; i < THREADS; ++i) best = first_of(best, found[threadIdx.x + i]);
   p.candidates[int64_t(row) * gridDim.x + blockIdx.x] = best;
 }
