@@ -94,6 +94,16 @@ def test_geglu_far_from_zero_and_of_special_numbers():
     assert torch.equal(got[[0, 2, 3, 5]], expected[[0, 2, 3, 5]])
 
 
+def test_geglu_rounds_once():
+    """GeLU of 256.75 is itself, and three times that is 772 in bf16; three times what a bf16 makes of it is 768 or 776."""
+    gate, up = torch.zeros(64, 32), torch.zeros(64, 32)
+    gate[:, :2], up[:, 2] = 1, 1
+    x = torch.zeros(1, 32, dtype=torch.bfloat16)
+    x[0, :3] = torch.tensor([256, 0.75, 3])
+    got = quantized_geglu(x, *(QuantizedWeight.quantize(w, "W4A16") for w in (gate, up)))
+    assert got.tolist() == [[772.0] * 64]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("scheme", "shape"), [("Q4_0", (70, 640)), ("Q4_K", (40, 2048)), ("AWQ", (33, 2304)), ("NF4", (70, 640))])
 def test_a_row_of_geglu_keeps_its_bits_among_others(scheme, shape, dtype):
@@ -157,6 +167,19 @@ def test_the_lowest_of_equal_logits(shape):
         assert torch.equal(quantized_argmax(x, weight), quantized_linear(x, weight).argmax(-1))
 
 
+@pytest.mark.parametrize(("shape", "places"), [((16500, 32), [16330, 16400, 16499]), ((700, 2048), [255, 511, 699])])
+def test_no_output_is_overlooked(shape, places):
+    """More blocks, and more outputs of a cut weight, than the last kernel has threads; all logits but one are zero."""
+    weight = random_weight("Q4_0", shape)
+    codes = torch.full_like(weight.codes, 0x08080808 * 17 - 2**32)
+    for column, place in enumerate(places):
+        codes[place, column] = 7 + 0x08080808 * 17 - 2**32  # column 8 * column is 7
+    weight = replace(weight, codes=codes, scales=torch.ones_like(weight.scales))
+    x = torch.zeros(3, shape[1], dtype=torch.bfloat16)
+    x[range(3), [0, 8, 16]] = 1
+    assert quantized_argmax(x, weight).tolist() == places
+
+
 def test_logits_that_are_equal_once_they_are_rounded():
     """448 and a little, in steps of 2: some outputs become 450, and the largest of them is not the first."""
     weight = random_weight("W4A16", (500, 64))
@@ -212,15 +235,14 @@ def test_a_residual_is_added_before_the_one_rounding(shape, dtype):
         assert_linear(x, weight, drawn(shape[0], dtype=torch.float32, seed=3), residual=residual)
 
 
-def test_a_residual_beside_which_the_product_is_small_loses_nothing_to_a_first_rounding():
-    """Of 3 + 2**-9 a bf16 keeps 3, and so does the sum of 3 - 2**-8 and so little; in fp32 they are more than the half."""
-    weight = QuantizedWeight.quantize(torch.full((64, 32), 1.0), "Q4_0")
+def test_a_residual_is_added_to_what_has_not_been_rounded():
+    """256.75 - 256 is 0.75, where a bf16 of 256.75 is 256 or 258."""
+    weight = QuantizedWeight.quantize(torch.ones(64, 32), "Q4_0")
     x = torch.zeros(1, 32, dtype=torch.bfloat16)
-    x[0, 0] = x[0, 1] = 2.0**-9
-    x[0, 2] = 1.0
-    exact = linear(x.double(), weight.dequantize().double())
-    residual = torch.full((1, 64), 3.0, dtype=torch.bfloat16)
-    assert torch.equal(quantized_linear(x, weight, residual=residual), (exact + 3).bfloat16())
+    x[0, :2] = torch.tensor([256, 0.75])
+    residual = torch.full((1, 64), -256.0, dtype=torch.bfloat16)
+    assert quantized_linear(x, weight, residual=residual).tolist() == [[0.75] * 64]
+    assert quantized_linear(x, weight, torch.full((64,), 0.25), residual=residual).tolist() == [[1.0] * 64]
 
 
 def test_strides_of_a_residual():
