@@ -27,7 +27,7 @@ SOURCES = Path(__file__).resolve().parent
 ROOT = SOURCES.parent
 KERNELS = (
     "common/status.cu",
-    "linear/linear.cu", "linear/weight_checks.cu", "linear/add_pieces.cu", "linear/decode_bf16.cu", "linear/decode_fp16.cu",
+    "linear/linear.cu", "linear/weight_checks.cu", "linear/pieces.cu", "linear/decode_bf16.cu", "linear/decode_fp16.cu",
     "linear/decode_offsets_bf16.cu", "linear/decode_offsets_fp16.cu",
     "linear/decode_table_bf16.cu", "linear/decode_table_fp16.cu", "linear/decode_wide_bf16.cu", "linear/decode_wide_fp16.cu",
     "norms/sandwich_norm.cu",

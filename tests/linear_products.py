@@ -14,10 +14,14 @@ def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def assert_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
-    got = quantized_linear(x, weight, bias)
+def assert_linear(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, residual: Tensor | None = None
+) -> None:
+    got = quantized_linear(x, weight, bias, residual=residual)
     wide = None if bias is None else bias.double()
     exact = linear(x.double(), weight.dequantize(torch.float32).double(), wide)
     plain = linear(x, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+    if residual is not None:
+        exact, plain = exact + residual.double(), plain + residual
     assert got.dtype == x.dtype
     assert (verdict := judge(got, exact, plain)).ok, str(verdict)

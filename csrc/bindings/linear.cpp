@@ -3,14 +3,11 @@
 namespace gemma4::bindings {
 namespace {
 
-gemma4_linear_arguments linear_arguments(uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t m, int32_t dtype,
-                                         uintptr_t bias, int32_t bias_dtype, int64_t n, int64_t k, int64_t group_size,
-                                         uintptr_t codes, uintptr_t high, uintptr_t scales, int32_t scale_dtype, uintptr_t zeros,
-                                         uintptr_t offsets, uintptr_t group_scales, uintptr_t table, uintptr_t scale_table,
-                                         uintptr_t scale_scales, uintptr_t scale_offset, int32_t bits, int32_t values,
-                                         int32_t scale_kind, int32_t zero) {
-  gemma4_linear_arguments a{};
-  gemma4_weight& w = a.weight;
+gemma4_weight weight(int64_t n, int64_t k, int64_t group_size, uintptr_t codes, uintptr_t high, uintptr_t scales,
+                     int32_t scale_dtype, uintptr_t zeros, uintptr_t offsets, uintptr_t group_scales, uintptr_t table,
+                     uintptr_t scale_table, uintptr_t scale_scales, uintptr_t scale_offset, int32_t bits, int32_t values,
+                     int32_t scale_kind, int32_t zero) {
+  gemma4_weight w{};
   w.n = n;
   w.k = k;
   w.group_size = group_size;
@@ -29,14 +26,49 @@ gemma4_linear_arguments linear_arguments(uintptr_t x, int64_t x_stride, uintptr_
   w.values = values;
   w.scale_kind = scale_kind;
   w.zero = zero;
-  a.m = m;
-  a.x_stride = x_stride;
-  a.out_stride = out_stride;
+  return w;
+}
+
+// x, of any of the calls.
+template <class Arguments>
+Arguments arguments_of(uintptr_t x, int64_t x_stride, int64_t m, int32_t dtype) {
+  Arguments a{};
   a.x = pointer(x);
-  a.out = writable(out);
-  a.bias = pointer(bias);
+  a.x_stride = x_stride;
+  a.m = m;
   a.dtype = dtype;
+  return a;
+}
+
+gemma4_linear_arguments linear_arguments(const gemma4_weight& weight, uintptr_t x, int64_t x_stride, int64_t m, int32_t dtype,
+                                         uintptr_t out, int64_t out_stride, uintptr_t bias, int32_t bias_dtype,
+                                         uintptr_t residual, int64_t residual_stride) {
+  auto a = arguments_of<gemma4_linear_arguments>(x, x_stride, m, dtype);
+  a.weight = weight;
+  a.out = writable(out);
+  a.out_stride = out_stride;
+  a.bias = pointer(bias);
   a.bias_dtype = bias_dtype;
+  a.residual = pointer(residual);
+  a.residual_stride = residual_stride;
+  return a;
+}
+
+gemma4_linear_geglu_arguments geglu_arguments(const gemma4_weight& gate, const gemma4_weight& up, uintptr_t x, int64_t x_stride,
+                                              int64_t m, int32_t dtype, uintptr_t out, int64_t out_stride) {
+  auto a = arguments_of<gemma4_linear_geglu_arguments>(x, x_stride, m, dtype);
+  a.gate = gate;
+  a.up = up;
+  a.out = writable(out);
+  a.out_stride = out_stride;
+  return a;
+}
+
+gemma4_linear_argmax_arguments argmax_arguments(const gemma4_weight& weight, uintptr_t x, int64_t x_stride, int64_t m,
+                                                int32_t dtype, uintptr_t indices) {
+  auto a = arguments_of<gemma4_linear_argmax_arguments>(x, x_stride, m, dtype);
+  a.weight = weight;
+  a.indices = static_cast<int64_t*>(writable(indices));
   return a;
 }
 
@@ -44,13 +76,24 @@ gemma4_linear_arguments linear_arguments(uintptr_t x, int64_t x_stride, uintptr_
 
 void define_linear(py::module_& module) {
   // Local, because the two modules may be loaded side by side.
+  py::class_<gemma4_weight>(module, "Weight", py::module_local())
+      .def(py::init(&weight), py::kw_only(), py::arg("n"), py::arg("k"), py::arg("group_size"), py::arg("codes"),
+           py::arg("high"), py::arg("scales"), py::arg("scale_dtype"), py::arg("zeros"), py::arg("offsets"),
+           py::arg("group_scales"), py::arg("table"), py::arg("scale_table"), py::arg("scale_scales"), py::arg("scale_offset"),
+           py::arg("bits"), py::arg("values"), py::arg("scale_kind"), py::arg("zero"));
   py::class_<gemma4_linear_arguments>(module, "LinearArguments", py::module_local())
-      .def(py::init(&linear_arguments), py::kw_only(), py::arg("x"), py::arg("x_stride"), py::arg("out"), py::arg("out_stride"),
-           py::arg("m"), py::arg("dtype"), py::arg("bias"), py::arg("bias_dtype"), py::arg("n"), py::arg("k"),
-           py::arg("group_size"), py::arg("codes"), py::arg("high"), py::arg("scales"), py::arg("scale_dtype"), py::arg("zeros"),
-           py::arg("offsets"), py::arg("group_scales"), py::arg("table"), py::arg("scale_table"), py::arg("scale_scales"),
-           py::arg("scale_offset"), py::arg("bits"), py::arg("values"), py::arg("scale_kind"), py::arg("zero"));
+      .def(py::init(&linear_arguments), py::kw_only(), py::arg("weight"), py::arg("x"), py::arg("x_stride"), py::arg("m"),
+           py::arg("dtype"), py::arg("out"), py::arg("out_stride"), py::arg("bias"), py::arg("bias_dtype"), py::arg("residual"),
+           py::arg("residual_stride"));
+  py::class_<gemma4_linear_geglu_arguments>(module, "LinearGegluArguments", py::module_local())
+      .def(py::init(&geglu_arguments), py::kw_only(), py::arg("gate"), py::arg("up"), py::arg("x"), py::arg("x_stride"),
+           py::arg("m"), py::arg("dtype"), py::arg("out"), py::arg("out_stride"));
+  py::class_<gemma4_linear_argmax_arguments>(module, "LinearArgmaxArguments", py::module_local())
+      .def(py::init(&argmax_arguments), py::kw_only(), py::arg("weight"), py::arg("x"), py::arg("x_stride"), py::arg("m"),
+           py::arg("dtype"), py::arg("indices"));
   define_call(module, "linear", &gemma4_linear_workspace, &gemma4_linear);
+  define_call(module, "linear_geglu", &gemma4_linear_geglu_workspace, &gemma4_linear_geglu);
+  define_call(module, "linear_argmax", &gemma4_linear_argmax_workspace, &gemma4_linear_argmax);
 }
 
 }  // namespace gemma4::bindings

@@ -88,7 +88,7 @@ typedef struct gemma4_weight {
   int32_t bits;
 } gemma4_weight;
 
-/* out (m, n) = x (m, k) W^T + bias, 0 <= m <= 16, summed in fp32 and rounded once. The bits of a row depend on its own numbers,
+/* out (m, n) = x (m, k) W^T + bias + residual, 0 <= m <= 16, summed in fp32 and rounded once. The bits of a row depend on its own numbers,
  * the weight and the device, not on m or on the other rows. */
 typedef struct gemma4_linear_arguments {
   gemma4_weight weight;
@@ -98,10 +98,35 @@ typedef struct gemma4_linear_arguments {
   const void* x;      /* bf16 or fp16, 16-byte aligned, dense rows */
   void* out;          /* as x, aligned to its elements, dense rows */
   const void* bias;   /* (n), or null */
-  int32_t dtype;      /* of x and out: gemma4_dtype */
+  int32_t dtype;      /* of x, out and residual: gemma4_dtype */
   int32_t bias_dtype; /* gemma4_dtype */
+  const void* residual;    /* (m, n) as out, which it may be, or null */
+  int64_t residual_stride; /* elements from row to row of residual; at least n */
 } gemma4_linear_arguments;
 
+/* out (m, n) = gelu(x G^T) * (x U^T), gelu by its tanh approximation, all in fp32 and rounded once. gate and up are weights of one
+ * shape, group_size, values, scale_kind, scale_dtype and zero. The rest is as in gemma4_linear_arguments. */
+typedef struct gemma4_linear_geglu_arguments {
+  gemma4_weight gate;
+  gemma4_weight up;
+  int64_t m;
+  int64_t x_stride;
+  int64_t out_stride;
+  const void* x;
+  void* out;
+  int32_t dtype;
+} gemma4_linear_geglu_arguments;
+
+/* indices (m): for each row of x the output that gemma4_linear makes largest, the lowest of equals; -1 for a row with a NaN. The
+ * outputs themselves are not written. The rest is as in gemma4_linear_arguments. */
+typedef struct gemma4_linear_argmax_arguments {
+  gemma4_weight weight;
+  int64_t m;
+  int64_t x_stride;
+  const void* x;
+  int64_t* indices;
+  int32_t dtype;
+} gemma4_linear_argmax_arguments;
 /* Norms and the prologue of attention ------------------------------------------------------------------------------------------- */
 
 /* hidden = (residual + norm(x) * post_weight) * layer_scalar and normed = norm(hidden) * pre_weight, all of them (m, n), where
@@ -148,6 +173,14 @@ GEMMA4_API gemma4_status gemma4_linear_workspace(const gemma4_linear_arguments* 
 
 GEMMA4_API gemma4_status gemma4_linear(const gemma4_linear_arguments* arguments, void* workspace, size_t workspace_bytes,
                                        gemma4_stream stream);
+
+/* The fused forms, called the same way. */
+GEMMA4_API gemma4_status gemma4_linear_geglu_workspace(const gemma4_linear_geglu_arguments* arguments, size_t* bytes);
+GEMMA4_API gemma4_status gemma4_linear_geglu(const gemma4_linear_geglu_arguments* arguments, void* workspace,
+                                             size_t workspace_bytes, gemma4_stream stream);
+GEMMA4_API gemma4_status gemma4_linear_argmax_workspace(const gemma4_linear_argmax_arguments* arguments, size_t* bytes);
+GEMMA4_API gemma4_status gemma4_linear_argmax(const gemma4_linear_argmax_arguments* arguments, void* workspace,
+                                              size_t workspace_bytes, gemma4_stream stream);
 
 #ifdef __cplusplus
 }

@@ -23,13 +23,30 @@
 // Two mma make the product of 32 columns, or one that of 16; its fp32 sum times the scale joins the accumulator, so codes are never
 // rounded. Offsets are multiplied with the sum of x over the 32 columns, which the warps make for each other.
 //
+// For GeGLU the last 32 of a block's 64 rows are those of a second weight, up, of the same outputs as the first 32, the gate's: two
+// warps each, one x. What becomes of the sums is decided when they are there (epilogue.cuh), so the main loop is the same for all.
+//
 // A row of out depends on its own row of x: the columns of B do not meet. Pieces of K follow from the weight's shape and the device.
 #pragma once
 
+#include "epilogue.cuh"
 #include "expand.cuh"
 #include "scales.cuh"
 
 namespace gemma4::linear {
+
+// The parameters with the weight that a block's row is of.
+__device__ __forceinline__ Parameters of_row(const Parameters& p, int block_row) {
+  Parameters found = p;
+  if (is_of_up(p, block_row)) static_cast<Weight&>(found) = p.up;
+  return found;
+}
+
+// The row of the weight that a block's row is. Outputs beyond the last read its row; nobody stores what they come to.
+__device__ __forceinline__ int row_of_weight(const Parameters& p, int block_row) {
+  const int output = output_of(p, block_row);
+  return output < p.n ? output : p.n - 1;
+}
 
 // What a thread brings of a stage: chunks of codes and of x by cp.async, and the scales of half a row through registers.
 template <class Type, class Scales, Values VALUES, int BITS, int TILES>
@@ -56,8 +73,8 @@ struct Loader {
   bool whole_chunks;          // rows of `high` begin at multiples of 16 bytes; of 6 bits they always do
   Scales scales;
 
-  __device__ Loader(const Parameters& parameters, int first_output, int first_stage, int stages)
-      : p(parameters), scales(parameters, within(first_output + int(threadIdx.x) / 2, parameters.n)) {
+  __device__ Loader(const Parameters& parameters, int first_stage, int stages)
+      : p(parameters), scales(of_row(parameters, threadIdx.x / 2), row_of_weight(parameters, threadIdx.x / 2)) {
     const int thread = threadIdx.x;
     end = (first_stage + stages) * kColumns < p.k ? (first_stage + stages) * kColumns : p.k;
     const int code_chunk = thread % (kCodeBytes / 16), code_row = thread / (kCodeBytes / 16);
@@ -65,8 +82,8 @@ struct Loader {
     code_target = code_row * kCodeBytes + Layout::code_chunk(code_chunk, code_row) * 16;
     constexpr int kByteColumns = kChunkColumns / 16;
     for (int i = 0; i < kCodeChunks; ++i) {
-      const int64_t row = within(first_output + code_row + i * kCodeRows, p.n);
-      codes[i] = p.codes + row * (p.k / kByteColumns) + code_column / kByteColumns;
+      const int row = code_row + i * kCodeRows;
+      codes[i] = of_row(p, row).codes + int64_t(row_of_weight(p, row)) * (p.k / kByteColumns) + code_column / kByteColumns;
     }
     const int x_chunk = thread % (kRowBytes / 16), x_row = thread / (kRowBytes / 16);
     x_column = first_stage * kColumns + x_chunk * 8;
@@ -81,12 +98,9 @@ struct Loader {
     slot_target = Layout::quad_place(slot / 4, slot_row) + slot % 4 * 4;
     if constexpr (Layout::kHasHigh) {
       whole_chunks = p.k % (4 * kSlotColumns) == 0;
-      high = p.high + (int64_t(within(first_output + slot_row, p.n)) * (p.k / kSlotColumns) + first_slot) * 4;
+      high = of_row(p, slot_row).high + (int64_t(row_of_weight(p, slot_row)) * (p.k / kSlotColumns) + first_slot) * 4;
     }
   }
-
-  // Outputs beyond the last read its row; nobody stores what they come to.
-  static __device__ __forceinline__ int within(int row, int n) { return row < n ? row : n - 1; }
 
   // Begins the stage that is so many ahead. Columns beyond the piece, in its last stage and after it, become zeros and are not read.
   __device__ __forceinline__ void begin(unsigned char* stage, int ahead) {
@@ -262,41 +276,23 @@ __device__ __forceinline__ void fold(const unsigned char* stage, const unsigned 
   }
 }
 
-__device__ __forceinline__ float load_bias(const Parameters& p, int output) {
-  if (p.bias == nullptr) return 0;
-  if (p.bias_dtype == 2) return static_cast<const float*>(p.bias)[output];
-  const uint16_t bits = static_cast<const uint16_t*>(p.bias)[output];
-  return p.bias_dtype == 1 ? ptx::fp16_to_float(bits) : __uint_as_float(uint32_t(bits) << 16);
-}
-
-// A result, or a piece of it.
-template <class Type>
-__device__ __forceinline__ void store(const Parameters& p, int piece, int row, int output, float sum) {
-  if (row >= p.m || output >= p.n) return;
-  if (p.partial != nullptr) {
-    p.partial[(int64_t(piece) * p.m + row) * p.n + output] = sum;
-  } else {
-    static_cast<uint16_t*>(p.out)[row * p.out_stride + output] = rounded(sum + load_bias(p, output), Type());
-  }
-}
-
 template <class Type, class Scales, Values VALUES, int BITS, int TILES>
 __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const Parameters p) {
   using Layout = Stage<TILES, VALUES, BITS>;
   constexpr int STAGES = Layout::kStages, BYTES = Layout::kBytes;
   GEMMA4_SHARED(ring);
-  const int first_output = blockIdx.x * kOutputs, piece = blockIdx.y;
+  const int piece = blockIdx.y;
   const int first_stage = piece * p.piece_stages;
   const int all_stages = (p.k + Layout::kColumns - 1) / Layout::kColumns;
   const int stages = p.piece_stages < all_stages - first_stage ? p.piece_stages : all_stages - first_stage;
-  Loader<Type, Scales, VALUES, BITS, TILES> loader(p, first_output, first_stage, stages);
+  Loader<Type, Scales, VALUES, BITS, TILES> loader(p, first_stage, stages);
   for (int stage = 0; stage < STAGES - 1; ++stage) {
     loader.begin(ring + stage * BYTES, stage);
     loader.finish(ring + stage * BYTES);
     ptx::commit();
   }
   unsigned char* column_sums = ring + STAGES * BYTES;
-  const Expander<Type, VALUES, BITS> expander(p);
+  const Expander<Type, VALUES, BITS> expander(of_row(p, threadIdx.x / 32 * 16));
   float sums[TILES][4] = {};
   // A pass of the loop is a round of the ring, so that slots are known to the compiler.
   for (int first = 0; first < stages; first += STAGES) {
@@ -318,12 +314,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_kernel(const Parameters p)
     loader.advance(STAGES);
   }
   ptx::wait<0>();  // no copy may be under way when the block ends
-  const int lane = threadIdx.x % 32, output = first_output + threadIdx.x / 32 * 16 + lane / 4;
-  for (int tile = 0; tile < TILES; ++tile) {
-    for (int i = 0; i < 4; ++i) {
-      store<Type>(p, piece, tile * kTileRows + 2 * (lane % 4) + i % 2, output + 8 * (i / 2), sums[tile][i]);
-    }
-  }
+  finish<Type, TILES>(p, piece, ring, sums);
 }
 
 }  // namespace gemma4::linear

@@ -27,7 +27,10 @@ std::string launch_table_fp16(const Parameters& parameters, Kind kind, int piece
 std::string launch_wide_bf16(const Parameters& parameters, Kind kind, int pieces, void* stream);
 std::string launch_wide_fp16(const Parameters& parameters, Kind kind, int pieces, void* stream);
 
-// Adds the pieces in their order.
+// Adds the pieces in their order: of the product, or of the two of GeGLU.
 std::string launch_add_pieces(const Parameters& parameters, bool is_bf16, int pieces, void* stream);
+
+// The largest logit of every row, of the blocks or of the pieces.
+std::string launch_argmax(const Parameters& parameters, bool is_bf16, int pieces, void* stream);
 
 }  // namespace gemma4::linear

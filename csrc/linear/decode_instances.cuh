@@ -8,8 +8,8 @@ namespace gemma4::linear {
 
 template <class Type, class Scales, Values VALUES, int BITS, int TILES>
 std::string launch_one(const Parameters& p, int pieces, void* stream) {
-  return launch(decode_kernel<Type, Scales, VALUES, BITS, TILES>, unsigned((p.n + kOutputs - 1) / kOutputs), unsigned(pieces),
-                kThreads, Stage<TILES, VALUES, BITS>::kSharedBytes, stream, p);
+  return launch(decode_kernel<Type, Scales, VALUES, BITS, TILES>, unsigned(blocks_of(p.n, p.result)), unsigned(pieces), kThreads,
+                Stage<TILES, VALUES, BITS>::kSharedBytes, stream, p);
 }
 
 template <class Type, class Scales, Values VALUES, int BITS = 4>

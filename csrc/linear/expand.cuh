@@ -5,9 +5,6 @@
 
 namespace gemma4::linear {
 
-__device__ __forceinline__ uint16_t rounded(float value, Bf16) { return ptx::round_to_bf16(value); }
-__device__ __forceinline__ uint16_t rounded(float value, Fp16) { return ptx::round_to_fp16(value); }
-
 // A code under the exponent of MAGIC is a number; one addition takes away what is too much. Bits above the fourth, which stand in
 // a word of their own, are turned to where a shift less than theirs brings them above the others.
 template <class Type, Values VALUES, int BITS>

@@ -17,7 +17,8 @@ constexpr int kSuperColumns = 256;         // that share the outer one of two sc
 // Of two blocks on a multiprocessor of sm_86, which has 100 KiB and keeps 1 KiB of them for each block.
 constexpr int kMostBlockBytes = 49 * 1024;
 
-struct Parameters {
+// The tensors of a weight.
+struct Weight {
   const unsigned char* codes;    // (n, k / 2); of 8 bits (n, k)
   const unsigned char* high;     // of 5 bits uint32 (n, k / 32), of 6 bits uint32 (n, k / 16), else null
   const void* scales;            // (n, groups); six-bit and int8: (n, k / 256) fp16; nested: uint8 (n, groups)
@@ -27,18 +28,42 @@ struct Parameters {
   const float* scale_table;      // nested: 256 numbers,
   const float* scale_scales;     // one for 256 groups, which may be of two rows,
   const float* scale_offset;     // and one for all
+};
+
+// What becomes of a block's sums: the product, GeLU of one weight's times the other's, or the largest of each row of x.
+enum Result { kProduct = 0, kGeglu = 1, kArgmax = 2 };
+
+// A logit, rounded, and which it is. Of NaN it says infinity and -1, so that nothing comes before it.
+struct Candidate {
+  float value;
+  int index;
+};
+
+struct Parameters : Weight {
+  Weight up;                     // beside the gate, for kGeglu
   const unsigned char* x;
-  void* out;
+  void* out;                     // for kArgmax int64 (m)
   const void* bias;              // (n), or null
-  float* partial;                // (pieces, m, n) fp32, or null where there is one piece
+  const void* residual;          // (m, n) as out, or null
+  float* partial;                // (pieces, weights, m, n) fp32, or null where there is one piece
+  Candidate* candidates;         // (m, blocks), for kArgmax where there is one piece
   int64_t x_stride;              // bytes
   int64_t out_stride;            // elements
+  int64_t residual_stride;       // elements
   int n, k, m, groups;
   int piece_stages;              // stages of a piece; the last may have fewer
   uint32_t group_inverse;        // see `group_of`
   uint32_t zero;                 // of the whole weight
   int bias_dtype;                // gemma4_dtype
+  Result result;
 };
+
+// Outputs of a block: the rows of its stages, or half of them where the other half is up's.
+constexpr int kPairs = kOutputs / 2;
+inline int64_t blocks_of(int64_t n, Result result) {
+  const int outputs = result == kGeglu ? kPairs : kOutputs;
+  return (n + outputs - 1) / outputs;
+}
 
 // How a code becomes a value, in the numbers of gemma4_values.
 enum Values { kCentred = 0, kZeros = 1, kOffsets = 2, kTable = 3 };
@@ -58,6 +83,11 @@ struct Numbers<Fp16> {
   static constexpr uint32_t kMinusBase = 0xE4000000;
   static constexpr uint32_t kOnes = 0x3C003C00;
 };
+
+__device__ __forceinline__ uint16_t rounded(float value, Bf16) { return ptx::round_to_bf16(value); }
+__device__ __forceinline__ uint16_t rounded(float value, Fp16) { return ptx::round_to_fp16(value); }
+__device__ __forceinline__ float number_of(uint16_t bits, Bf16) { return __uint_as_float(uint32_t(bits) << 16); }
+__device__ __forceinline__ float number_of(uint16_t bits, Fp16) { return ptx::fp16_to_float(bits); }
 
 // The pair of numbers that takes base and zero point from a pair of codes with MAGIC: -(base + zero), twice.
 template <class Type>

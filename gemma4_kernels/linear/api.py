@@ -16,8 +16,10 @@ from gemma4_kernels.linear import eager_int4, ops
 from gemma4_kernels.linear.weight import QuantizedWeight
 
 
-def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """x @ W.T + bias, from the codes of W: what `torch.nn.functional.linear` gives for the weight's own values.
+def quantized_linear(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, *, residual: Tensor | None = None
+) -> Tensor:
+    """x @ W.T + bias + residual, from the codes of W: what `torch.nn.functional.linear` gives for the weight's own values.
 
     Sums are fp32, rounded once. (On a CPU, PyTorch's 4-bit kernel may take fp16 scales as two products, each rounded to
     bf16: `explain` names it.) The bits of a row do not depend on the other rows of x where there are at most 16 in all.
@@ -26,6 +28,8 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
         x: (..., K) bf16, fp16 or fp32, with a dense last dim.
         weight: N x K, on x's device.
         bias: (N,) bf16, fp16 or fp32, added before the result is rounded.
+        residual: (..., N) in x's dtype, with a dense last dim; added last, before the result is rounded (of more than 16 rows,
+            where PyTorch multiplies, after a rounding of its own).
     Returns: (..., N) in x's dtype, contiguous. No gradient flows through it.
     Raises: ShapeError, StrideError, DeviceError, DTypeError, TypeError before anything runs; BackendError where the backend
         asked for by name cannot do it.
@@ -36,7 +40,13 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
         checks.has_shape(name, "bias", bias, (weight.shape[0],))
         checks.has_dtype(name, "bias", bias, ops.DTYPES)
         checks.same_device(name, x=x, bias=bias)
-    out = torch.ops.gemma4_kernels.quantized_linear(_rows(x), *ops.weight_arguments(weight), bias)
+    if residual is not None:
+        checks.has_shape(name, "residual", residual, (*x.shape[:-1], weight.shape[0]))
+        checks.has_dtype(name, "residual", residual, (x.dtype,))
+        checks.is_dense(name, "residual", residual)
+        checks.same_device(name, x=x, residual=residual)
+        residual = _rows(residual)
+    out = torch.ops.gemma4_kernels.quantized_linear(_rows(x), *ops.weight_arguments(weight), bias, residual)
     return out.view(*x.shape[:-1], weight.shape[0])  # type: ignore[no-any-return]
 
 
@@ -129,8 +139,10 @@ def _rows(x: Tensor) -> Tensor:
 # What `explain` says ------------------------------------------------------------------------------------------------
 
 
-def _describe_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Call:
-    return _describe("quantized_linear", x, bias is not None, weight=weight)
+def _describe_linear(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Call:
+    return _describe("quantized_linear", x, bias is not None or residual is not None, weight=weight)
 
 
 def _describe_geglu(x: Tensor, gate: QuantizedWeight, up: QuantizedWeight) -> Call:
@@ -143,17 +155,17 @@ def _describe_argmax(x: Tensor, weight: QuantizedWeight) -> Call:
 
 def _describe_embedding(token_ids: Tensor, weight: QuantizedWeight, dtype: torch.dtype = torch.bfloat16) -> Call:
     _check_weight("quantized_embedding", "weight", weight, token_ids)
-    return ops.describe("quantized_embedding", token_ids, weight, dtype)
+    return ops.describe("quantized_embedding", token_ids, weight, dtype=dtype)
 
 
-def _describe(op: str, x: Tensor, has_bias: bool, **weights: QuantizedWeight) -> Call:
+def _describe(op: str, x: Tensor, has_addend: bool, **weights: QuantizedWeight) -> Call:
     _check(op, x, **weights)
     rows, (weight, *_) = _rows(x), weights.values()
-    refusals: list[Any] = [eager_int4.refusal(rows, each, has_bias) for each in weights.values()]
+    refusals: list[Any] = [eager_int4.refusal(rows, each, has_addend) for each in weights.values()]
     reason = next((refusal for refusal in refusals if refusal is not None), None)
     how = "PyTorch's own 4-bit kernel, on a packed copy" if reason is None else "weights made a few rows at a time"
     because = "" if reason is None or x.device.type != "cpu" else f" (PyTorch's own 4-bit kernel {reason})"
-    return ops.describe(op, rows, weight).noting("eager", how + because)
+    return ops.describe(op, rows, weight, up=weights.get("up")).noting("eager", how + because)
 
 
 backends.register_describer("quantized_linear", "quantized_linear", _describe_linear)

@@ -1,10 +1,13 @@
-"""Quantised products by the compiled kernels of csrc/linear: up to 16 rows, every scheme.
+"""Quantised products by the compiled kernels of csrc/linear, plain and fused: up to 16 rows, every scheme.
 
 x is (M, K) with a dense last dim, M may be 0, and shapes and dtypes have been checked before; `refuses` has said that the
 weight is one of those that the kernels read.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,36 +63,85 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """x @ W.T (+ bias): (M, N) in x's dtype."""
-    N, K = weight.shape
-    out = x.new_empty((x.shape[0], N))
-    if weight.columns is not None:
-        x = x.index_select(1, weight.columns)
-    x = _aligned_rows(x)
-    codes = _aligned(weight.codes)
-    high = None if weight.high is None else _aligned(weight.high)
+def quantized_linear(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
+    """x @ W.T (+ bias) (+ residual): (M, N) in x's dtype."""
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    x = _operand(x, weight)
     bias = None if bias is None else bias.contiguous()
-    layout = SCHEMES[weight.scheme]
+    residual = None if residual is None else _with_rows_apart(residual)
+    weight = _aligned(weight)
+    _call(
+        "linear", "LinearArguments", x, weight=_fields(weight, x.device), out=out.data_ptr(), out_stride=out.shape[1],
+        bias=_address(bias), bias_dtype=0 if bias is None else support.DTYPE_CODES[bias.dtype],
+        residual=_address(residual), residual_stride=out.shape[1] if residual is None else _step(residual),
+    )  # fmt: skip
+    return out
+
+
+def quantized_geglu(x: Tensor, gate: QuantizedWeight, up: QuantizedWeight) -> Tensor:
+    """gelu(x @ gate.T) * (x @ up.T), GeLU by its tanh approximation: (M, N) in x's dtype."""
+    out = x.new_empty((x.shape[0], gate.shape[0]))
+    x = _operand(x, gate)
+    gate, up = _aligned(gate), _aligned(up)
+    _call(
+        "linear_geglu", "LinearGegluArguments", x, gate=_fields(gate, x.device),
+        up=_fields(up, x.device), out=out.data_ptr(), out_stride=out.shape[1],
+    )  # fmt: skip
+    return out
+
+
+def quantized_argmax(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """The lowest index of each row's largest output, of those that `quantized_linear` gives: (M,) int64; -1 for a NaN."""
+    out = x.new_empty((x.shape[0],), dtype=torch.int64)
+    x = _operand(x, weight)
+    weight = _aligned(weight)
+    _call("linear_argmax", "LinearArgmaxArguments", x, weight=_fields(weight, x.device), indices=out.data_ptr())
+    return out
+
+
+def _call(name: str, arguments_class: str, x: Tensor, **rest: Any) -> None:
+    """Run a function of the C interface on x (M, K), and on whatever tensors the caller keeps alive."""
     module = support.module_for(x.device)
-    arguments = module.LinearArguments(
-        x=x.data_ptr(), x_stride=x.stride(0) if x.shape[0] > 1 else K, out=out.data_ptr(), out_stride=N, m=x.shape[0],
-        dtype=support.DTYPE_CODES[x.dtype], bias=_address(bias),
-        bias_dtype=0 if bias is None else support.DTYPE_CODES[bias.dtype], n=N, k=K, group_size=weight.group_size,
-        codes=codes.data_ptr(), high=_address(high), scales=weight.scales.data_ptr(),
-        scale_dtype=support.DTYPE_CODES.get(weight.scales.dtype, 0),
-        zeros=_address(weight.zeros), offsets=_address(weight.offsets), group_scales=_address(weight.group_scales),
-        table=_address(weight.table), scale_table=_address(weight.scale_table), scale_scales=_address(weight.scale_scales),
+    arguments = getattr(module, arguments_class)(
+        x=x.data_ptr(), x_stride=_step(x), m=x.shape[0], dtype=support.DTYPE_CODES[x.dtype], **rest
+    )
+    on_gpu = x.device.type == "cuda"
+    with torch.cuda.device(x.device if on_gpu else -1):
+        nbytes = getattr(module, f"{name}_workspace")(arguments)
+        workspace = torch.empty(nbytes, dtype=torch.uint8, device=x.device)
+        stream = torch.cuda.current_stream(x.device).cuda_stream if on_gpu else 0
+        getattr(module, name)(arguments, workspace.data_ptr(), nbytes, stream)
+
+
+def _fields(weight: QuantizedWeight, device: torch.device) -> Any:
+    """A weight as the C interface takes it."""
+    (N, K), layout = weight.shape, SCHEMES[weight.scheme]
+    return support.module_for(device).Weight(
+        n=N, k=K, group_size=weight.group_size, codes=weight.codes.data_ptr(), high=_address(weight.high),
+        scales=weight.scales.data_ptr(),
+        scale_dtype=support.DTYPE_CODES.get(weight.scales.dtype, 0), zeros=_address(weight.zeros),
+        offsets=_address(weight.offsets), group_scales=_address(weight.group_scales), table=_address(weight.table),
+        scale_table=_address(weight.scale_table), scale_scales=_address(weight.scale_scales),
         scale_offset=_address(weight.scale_offset), bits=layout.bits,
         values=_VALUES[layout.values], scale_kind=_SCALES[layout.scales], zero=layout.zero,
     )  # fmt: skip
-    on_gpu = x.device.type == "cuda"
-    with torch.cuda.device(x.device if on_gpu else -1):
-        nbytes = module.linear_workspace(arguments)
-        workspace = torch.empty(nbytes, dtype=torch.uint8, device=x.device)
-        stream = torch.cuda.current_stream(x.device).cuda_stream if on_gpu else 0
-        module.linear(arguments, workspace.data_ptr(), nbytes, stream)
-    return out
+
+
+def _operand(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """x with its columns in the order of the stored ones, and rows that begin at multiples of 16 bytes."""
+    return _aligned_rows(x if weight.columns is None else x.index_select(1, weight.columns))
+
+
+def _step(rows: Tensor) -> int:
+    """Elements from row to row; PyTorch gives a single row any stride."""
+    return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
+
+
+def _with_rows_apart(rows: Tensor) -> Tensor:
+    """Itself, unless its rows overlap, as those of an expanded tensor do."""
+    return rows if _step(rows) >= rows.shape[1] else rows.contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -103,6 +155,8 @@ def _aligned_rows(x: Tensor) -> Tensor:
     return x if apart and x.data_ptr() % _ALIGNMENT == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def _aligned(weight: QuantizedWeight) -> QuantizedWeight:
     """A weight that lies in a mapped file on the CPU may begin anywhere; on a GPU it never does."""
-    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+    if all(plane is None or plane.data_ptr() % _ALIGNMENT == 0 for plane in (weight.codes, weight.high)):
+        return weight
+    return replace(weight, codes=weight.codes.clone(), high=None if weight.high is None else weight.high.clone())

@@ -53,16 +53,16 @@ class _Entry(NamedTuple):
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by the tensor of codes
 
 
-def refusal(x: Tensor, weight: QuantizedWeight, has_bias: bool = False) -> str | None:
-    """Why the op cannot serve a product, or None. Packs the weight if it has not been yet."""
+def refusal(x: Tensor, weight: QuantizedWeight, has_addend: bool = False) -> str | None:
+    """Why the op cannot serve a product, or None. Packs the weight if it has not been yet. An addend is a bias or a residual."""
     if x.device.type != "cpu":
         return "is for CPUs"
     if not environment.packed_copies():
         return "GEMMA4_PACKED_COPIES=0 forbids the copy that it needs"
     if x.dtype != torch.bfloat16:
         return f"is fast for bfloat16 only, not for {str(x.dtype).removeprefix('torch.')}"
-    if has_bias:
-        return "would round before the bias is added"
+    if has_addend:
+        return "would round before a bias or residual is added"
     if reason := _shape_refusal(weight):
         return reason
     packed = find(weight)

@@ -24,6 +24,7 @@ from gemma4_kernels.op_support import DECODE_ROWS, fp32_sums, refuse_backward
 from gemma4_kernels.triton_common import support
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+UNLIKE_WEIGHTS = "gate and up of different schemes, groups, dtypes of scales or orders of columns"
 
 
 def _weight(name: str) -> str:
@@ -31,7 +32,7 @@ def _weight(name: str) -> str:
 
 
 SCHEMAS = {
-    "quantized_linear": f"(Tensor x, {_weight('weight')}, Tensor? bias) -> Tensor",
+    "quantized_linear": f"(Tensor x, {_weight('weight')}, Tensor? bias, Tensor? residual) -> Tensor",
     "quantized_geglu": f"(Tensor x, {_weight('gate')}, {_weight('up')}) -> Tensor",
     "quantized_argmax": f"(Tensor x, {_weight('weight')}) -> Tensor",
     "quantized_embedding": f"(Tensor token_ids, {_weight('weight')}, ScalarType dtype) -> Tensor",
@@ -58,9 +59,12 @@ def _weights_again(arguments: Sequence[Any]) -> list[Any]:
 # What a call needs --------------------------------------------------------------------------------------------------
 
 
-def describe(op: str, x: Tensor, weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Call:
-    """x or token ids, and the (first) weight."""
+def describe(
+    op: str, x: Tensor, weight: QuantizedWeight, *, up: QuantizedWeight | None = None, dtype: torch.dtype | None = None
+) -> Call:
+    """x or token ids, the weight, which of a GeGLU is the gate, and what an embedding's rows become."""
     rows = "decode" if x.shape[0] <= DECODE_ROWS else "prefill"
+    differ = up is not None and not weight.is_stored_like(up)
     return Call(
         op=op,
         device_type=x.device.type,
@@ -69,6 +73,7 @@ def describe(op: str, x: Tensor, weight: QuantizedWeight, dtype: torch.dtype | N
         shape_class=f"{rows}, {weight.scheme}" if dtype is None else weight.scheme,
         scheme=weight.scheme,
         group_size=weight.group_size,
+        features=frozenset({UNLIKE_WEIGHTS} if differ else ()),
     )
 
 
@@ -80,9 +85,9 @@ def _run(op: str, *arguments: Any) -> Tensor:
     x, weight, *rest = _weights_again(arguments)
     if op == "quantized_embedding":
         checks.values_within(op, "token_ids", x, 0, weight.shape[0] - 1)
-        call = describe(op, x, weight, *rest)
+        call = describe(op, x, weight, dtype=rest[0])
     else:
-        call = describe(op, x, weight)
+        call = describe(op, x, weight, up=rest[0] if op == "quantized_geglu" else None)
     with fp32_sums(x.device.type):
         out: Tensor = backends.dispatch(call)(x, weight, *rest)
     return out
@@ -119,19 +124,21 @@ for _op, _schema in SCHEMAS.items():
             backend="eager",
             entry=f"gemma4_kernels.linear.eager:{_op}",
             dtypes=frozenset(DTYPES),
-            features=frozenset(),
+            features=frozenset({UNLIKE_WEIGHTS}),
         )
     )
-    backends.register(support.implementation(_op, f"gemma4_kernels.linear.triton.backend:{_op}", frozenset()))
+    _entry = f"gemma4_kernels.linear.triton.backend:{_op}"
+    backends.register(support.implementation(_op, _entry, frozenset({UNLIKE_WEIGHTS})))
 
-backends.register(
-    Implementation(
-        op="quantized_linear",
-        backend="cuda",
-        entry="gemma4_kernels.linear.cuda:quantized_linear",
-        dtypes=frozenset({torch.bfloat16, torch.float16}),
-        features=frozenset(),
-        refuses=cuda.refuses,
-        only_by_name=cuda_support.only_by_name,
+for _op in ("quantized_linear", "quantized_geglu", "quantized_argmax"):
+    backends.register(
+        Implementation(
+            op=_op,
+            backend="cuda",
+            entry=f"gemma4_kernels.linear.cuda:{_op}",
+            dtypes=frozenset({torch.bfloat16, torch.float16}),
+            features=frozenset(),
+            refuses=cuda.refuses,
+            only_by_name=cuda_support.only_by_name,
+        )
     )
-)

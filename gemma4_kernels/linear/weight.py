@@ -303,6 +303,16 @@ class QuantizedWeight:
         found = {name: getattr(self, name) for name in TENSORS}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
+    def is_stored_like(self, other: QuantizedWeight) -> bool:
+        """Whether one kernel reads both at once. Permuted columns must be one tensor: comparing two would stall the stream."""
+        return (
+            self.shape == other.shape
+            and self.layout == other.layout
+            and self.group_size == other.group_size
+            and self.scales.dtype == other.scales.dtype
+            and self.columns is other.columns
+        )
+
     def __repr__(self) -> str:
         named = f"{self.name!r}, " if self.name else ""
         return (

@@ -14,6 +14,7 @@ RIGHT = (
     "barrier", "warp-barrier", "copy", "ring", "divergence", "collective", "global", "shared", "global-copy", "fragments",
     "matrices",
 )  # fmt: skip
+LINEAR = ("linear_check", "linear_fused_check")
 # (kernel, build that catches it, what it says)
 CAUGHT = [
     ("barrier-missing", "thread", "data race"),
@@ -36,7 +37,7 @@ CAUGHT = [
 
 @pytest.fixture(scope="module")
 def programs():
-    return build.checks(FOLDER, ("faults", "linear_check"))
+    return build.checks(FOLDER, ("faults", *LINEAR))
 
 
 def run(program, *arguments: str) -> tuple[int, str]:
@@ -72,12 +73,14 @@ def test_every_planted_fault_is_in_these_lists(programs):
 
 
 @pytest.mark.parametrize("sanitizer", build.SANITIZERS)
-def test_the_linear_kernels_are_right_and_clean(programs, sanitizer):
-    status, text = run(programs["linear_check", sanitizer])
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_linear_kernels_are_right_and_clean(programs, name, sanitizer):
+    status, text = run(programs[name, sanitizer])
     assert status == 0, text
 
 
 @pytest.mark.parametrize("sanitizer", ["plain", "address"])
-def test_bad_arguments_of_the_c_interface_are_refused_in_words(programs, sanitizer):
-    status, text = run(programs["linear_check", sanitizer], "fuzz", "3000")
+@pytest.mark.parametrize("name", LINEAR)
+def test_bad_arguments_of_the_c_interface_are_refused_in_words(programs, name, sanitizer):
+    status, text = run(programs[name, sanitizer], "fuzz", "2000")
     assert status == 0, text

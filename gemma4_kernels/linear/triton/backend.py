@@ -13,9 +13,11 @@ from gemma4_kernels.linear.weight import QuantizedWeight
 from gemma4_kernels.triton_common.devices import card_of
 
 
-def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """x @ W.T (+ bias): (M, N) in x's dtype."""
-    return _product(x, weight, bias, x.dtype)
+def quantized_linear(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
+    """x @ W.T (+ bias) (+ residual): (M, N) in x's dtype."""
+    return _product(x, weight, bias, x.dtype, residual)
 
 
 def quantized_geglu(x: Tensor, gate: QuantizedWeight, up: QuantizedWeight) -> Tensor:
@@ -62,17 +64,22 @@ def quantized_embedding(ids: Tensor, weight: QuantizedWeight, dtype: torch.dtype
     return out
 
 
-def _product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x @ W.T (+ bias), rounded to x's dtype or not at all: dtype is x's or, where the weight is not written out, fp32."""
+def _product(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, residual: Tensor | None = None
+) -> Tensor:
+    """x @ W.T (+ bias) (+ residual), rounded to x's dtype or not at all: dtype is x's or, where the weight is not written
+    out, fp32. Where it is, the library rounds before the residual is added."""
     written_out = _written_out(x, weight)
     x = _stored_order(x, weight)
     bias = None if bias is None else bias.contiguous()  # a kernel steps over it one by one
     if written_out:
         dense = x.new_empty(weight.shape)
         linear.plan_dequantize(weight, dense).run()
-        return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+        product = torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
+        return product if residual is None else product.add_(residual)
+    residual = None if residual is None else residual.contiguous()
     out = x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
-    for launch in linear.plan(x, weight, bias, out, _multiprocessors(x)):
+    for launch in linear.plan(x, weight, bias, out, _multiprocessors(x), residual):
         launch.run()
     return out
 

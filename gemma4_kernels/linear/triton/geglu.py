@@ -101,7 +101,7 @@ def plan(
     """
     rows, (N, K) = x.shape[0], gate.shape
     config = tables.lookup_geglu(rows, N, x.dtype, gate.layout)
-    if not alike(gate, up) or (rows <= DECODE_ROWS and tables.splits(N, K, config, multiprocessors) > 1):
+    if not gate.is_stored_like(up) or (rows <= DECODE_ROWS and tables.splits(N, K, config, multiprocessors) > 1):
         return None
     arguments: dict[str, Any] = {
         "x_ptr": values.taken_apart(x, gate), "out_ptr": out, "M": rows, "N": N,
@@ -110,17 +110,6 @@ def plan(
     grid = (triton.cdiv(N, config.outputs), triton.cdiv(rows, config.rows))
     constants = tile_constants(gate, config, x.dtype)
     return [Launch(geglu_kernel, grid, arguments, constants, config.warps, fusion(gate))]
-
-
-def alike(gate: QuantizedWeight, up: QuantizedWeight) -> bool:
-    """Whether one binary reads both. Permuted columns must be one tensor: comparing two would stall the stream."""
-    return (
-        gate.shape == up.shape
-        and gate.layout == up.layout
-        and gate.group_size == up.group_size
-        and gate.scales.dtype == up.scales.dtype
-        and gate.columns is up.columns
-    )
 
 
 def plan_combine(gate: Tensor, up: Tensor, out: Tensor) -> Launch:

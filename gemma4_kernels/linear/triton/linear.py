@@ -26,7 +26,7 @@ from gemma4_kernels.linear.triton.values import load_tile, weights_at
 from gemma4_kernels.linear.weight import QuantizedWeight
 from gemma4_kernels.op_support import DECODE_ROWS
 from gemma4_kernels.triton_common.launch import Launch, dot_dtype
-from gemma4_kernels.triton_common.rounding import operand, round_to
+from gemma4_kernels.triton_common.rounding import operand, round_to, to_fp32
 
 
 @triton.jit
@@ -63,13 +63,13 @@ def load_x(x_ptr, position, m, M, word, IN_ROW: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def linear_kernel(
-    x_ptr, out_ptr, bias_ptr, codes_ptr, high_ptr, scales_ptr, offsets_ptr, zeros_ptr, group_scales_ptr, table_ptr,
-    scale_table_ptr, scale_scales_ptr, scale_offset_ptr, M, N,
+    x_ptr, out_ptr, bias_ptr, residual_ptr, codes_ptr, high_ptr, scales_ptr, offsets_ptr, zeros_ptr, group_scales_ptr,
+    table_ptr, scale_table_ptr, scale_scales_ptr, scale_offset_ptr, M, N,
     K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr, SCALES: tl.constexpr,
     ZERO: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr,
     STAGES: tl.constexpr, DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of N, tiles of M, SPLITS). With SPLITS > 1, out is the partial sums and there is no bias."""
+    """Grid (tiles of N, tiles of M, SPLITS). With SPLITS > 1, out is the partial sums; bias and residual come later."""
     IN_ROW: tl.constexpr = K // (4 if BITS == 8 else 8)
     # A piece is whole tiles of words; the last may be shorter.
     PIECE: tl.constexpr = ((IN_ROW + WORDS - 1) // WORDS + SPLITS - 1) // SPLITS * WORDS
@@ -85,12 +85,16 @@ def linear_kernel(
     mask = (n < N)[:, None] & (m < M)[None, :]
     if bias_ptr is not None:
         accumulated += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if residual_ptr is not None:
+        accumulated += to_fp32(tl.load(residual_ptr + m.to(tl.int64)[None, :] * N + n[:, None], mask=mask, other=0.0))
     tl.store(out, round_to(accumulated, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
-def add_pieces_kernel(partial_ptr, out_ptr, bias_ptr, M, N, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Grid (tiles of N, M): out = the pieces in their order, plus the bias, rounded once."""
+def add_pieces_kernel(
+    partial_ptr, out_ptr, bias_ptr, residual_ptr, M, N, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Grid (tiles of N, M): out = the pieces in their order, plus bias and residual, rounded once."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1)
     total = tl.zeros([BLOCK_N], tl.float32)
@@ -98,6 +102,8 @@ def add_pieces_kernel(partial_ptr, out_ptr, bias_ptr, M, N, SPLITS: tl.constexpr
         total += tl.load(partial_ptr + (split * M + m).to(tl.int64) * N + n, mask=n < N, other=0.0)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        total += to_fp32(tl.load(residual_ptr + m.to(tl.int64) * N + n, mask=n < N, other=0.0))
     tl.store(out_ptr + m.to(tl.int64) * N + n, round_to(total, out_ptr.dtype.element_ty), mask=n < N)
 
 
@@ -127,15 +133,20 @@ def dequantize_kernel(
 # Launchers ----------------------------------------------------------------------------------------------------------
 
 
-def plan(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, out: Tensor, multiprocessors: int) -> list[Launch]:
-    """The launches that fill out (M, N) from x (M, K), whose columns are in the order of the stored ones."""
+def plan(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, out: Tensor, multiprocessors: int, residual: Tensor | None = None
+) -> list[Launch]:  # fmt: skip
+    """The launches that fill out (M, N) from x (M, K), whose columns are in the order of the stored ones.
+
+    The bias and the residual (M, N) are contiguous.
+    """
     rows, (N, K) = x.shape[0], weight.shape
     config = tables.lookup(rows, N, x.dtype)
     splits = tables.splits(N, K, config, multiprocessors) if rows <= DECODE_ROWS else 1
     target = out if splits == 1 else out.new_empty((splits, rows, N), dtype=torch.float32)
     arguments: dict[str, Any] = {
-        "x_ptr": values.taken_apart(x, weight), "out_ptr": target, "bias_ptr": bias if splits == 1 else None, "M": rows, "N": N,
-        **values.arguments(weight),
+        "x_ptr": values.taken_apart(x, weight), "out_ptr": target, "bias_ptr": bias if splits == 1 else None,
+        "residual_ptr": residual if splits == 1 else None, "M": rows, "N": N, **values.arguments(weight),
     }  # fmt: skip
     constants = {**tile_constants(weight, config, x.dtype), "SPLITS": splits}
     grid = (triton.cdiv(N, config.outputs), triton.cdiv(rows, config.rows), splits)
@@ -145,7 +156,7 @@ def plan(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, out: Tensor, m
             Launch(
                 add_pieces_kernel,
                 (triton.cdiv(N, tables.ADD_OUTPUTS), rows),
-                {"partial_ptr": target, "out_ptr": out, "bias_ptr": bias, "M": rows, "N": N},
+                {"partial_ptr": target, "out_ptr": out, "bias_ptr": bias, "residual_ptr": residual, "M": rows, "N": N},
                 {"SPLITS": splits, "BLOCK_N": tables.ADD_OUTPUTS},
                 num_warps=4,
             )
