@@ -40,7 +40,7 @@ std::map<const void*, std::map<Key, Place>> found;  // by kernel
 std::map<const void*, uint64_t> launches;
 const void* running_kernel = nullptr;
 
-// The hardware serves 32 lanes at a time where each wants up to 4 bytes, 16 where 8, and 8 where 16. Of those, each bank gives one
+// The hardware serves 32 lanes at a time where each wants up to 4 bytes, 16 where 8, and 8 where 16. To those a bank gives one
 // word at a time, to everyone who wants it.
 Count shared_count(const Instruction& instruction) {
   size_t widest = 0;
@@ -166,13 +166,14 @@ std::string take_counts_as_text() {
   std::string text;
   char line[256];
   for (const Counts& counts : take_counts()) {
-    std::snprintf(line, sizeof line, "kernel %lx %lu\n", offset_in_file(counts.kernel), static_cast<unsigned long>(counts.launches));
+    std::snprintf(line, sizeof line, "kernel %lx %lu\n", offset_in_file(counts.kernel),
+                  static_cast<unsigned long>(counts.launches));
     text += line;
     for (const Place& place : counts.places) {
       const Count& count = place.count;
-      std::snprintf(line, sizeof line, "place %lx %s %s %lu %lu %lu\n", offset_in_file(place.address), kNames[int(place.traffic)],
-                    place.what, static_cast<unsigned long>(count.instructions), static_cast<unsigned long>(count.taken),
-                    static_cast<unsigned long>(count.ideal));
+      std::snprintf(line, sizeof line, "place %lx %s %s %lu %lu %lu\n", offset_in_file(place.address),
+                    kNames[int(place.traffic)], place.what, static_cast<unsigned long>(count.instructions),
+                    static_cast<unsigned long>(count.taken), static_cast<unsigned long>(count.ideal));
       text += line;
     }
   }
@@ -182,7 +183,9 @@ std::string take_counts_as_text() {
 void count_load(const char* what, const void* address, size_t bytes) {
   record(what, false, address, bytes, __builtin_return_address(0));
 }
-void count_store(const char* what, void* address, size_t bytes) { record(what, true, address, bytes, __builtin_return_address(0)); }
+void count_store(const char* what, void* address, size_t bytes) {
+  record(what, true, address, bytes, __builtin_return_address(0));
+}
 void count_copy(void* target, const void* source, size_t bytes) {
   record("plain", false, source, bytes, __builtin_return_address(0));
   record("plain", true, target, bytes, __builtin_return_address(0));
@@ -191,19 +194,23 @@ void count_copy(void* target, const void* source, size_t bytes) {
 
 }  // namespace emulator
 
-// What GCC calls before each access of code that it compiles with -fsanitize=thread.
+// What GCC calls before each access in code that it compiles with -fsanitize=thread.
 extern "C" {
 
-#define GEMMA4_ACCESS(bytes)                                                                                            \
-  void __tsan_read##bytes(void* at) { emulator::record("plain", false, at, bytes, __builtin_return_address(0)); }       \
-  void __tsan_write##bytes(void* at) { emulator::record("plain", true, at, bytes, __builtin_return_address(0)); }       \
-  void __tsan_unaligned_read##bytes(void* at) { emulator::record("plain", false, at, bytes, __builtin_return_address(0)); } \
-  void __tsan_unaligned_write##bytes(void* at) { emulator::record("plain", true, at, bytes, __builtin_return_address(0)); }
-GEMMA4_ACCESS(1)
-GEMMA4_ACCESS(2)
-GEMMA4_ACCESS(4)
-GEMMA4_ACCESS(8)
-GEMMA4_ACCESS(16)
+#define GEMMA4_LOAD(name, bytes) \
+  void name(void* at) { emulator::record("plain", false, at, bytes, __builtin_return_address(0)); }
+#define GEMMA4_STORE(name, bytes) \
+  void name(void* at) { emulator::record("plain", true, at, bytes, __builtin_return_address(0)); }
+#define GEMMA4_ACCESSES(bytes)                        \
+  GEMMA4_LOAD(__tsan_read##bytes, bytes)              \
+  GEMMA4_STORE(__tsan_write##bytes, bytes)            \
+  GEMMA4_LOAD(__tsan_unaligned_read##bytes, bytes)    \
+  GEMMA4_STORE(__tsan_unaligned_write##bytes, bytes)
+GEMMA4_ACCESSES(1)
+GEMMA4_ACCESSES(2)
+GEMMA4_ACCESSES(4)
+GEMMA4_ACCESSES(8)
+GEMMA4_ACCESSES(16)
 void __tsan_read_range(void* at, size_t bytes) { emulator::record("plain", false, at, bytes, __builtin_return_address(0)); }
 void __tsan_write_range(void* at, size_t bytes) { emulator::record("plain", true, at, bytes, __builtin_return_address(0)); }
 void __tsan_vptr_update(void*, void*) {}

@@ -2,8 +2,8 @@
 //
 // Only in the counted build (csrc/build.py), which compiles kernels with -fsanitize=thread and links counts.cpp in place of
 // ThreadSanitizer: the compiler then calls a function of ours before each access. One access of the source is taken for one
-// instruction of the machine. Accesses of a warp's lanes from the same place, each lane's first there since the warp last met, or
-// each one's second, and so on, are one warp instruction. In other builds everything here is empty.
+// instruction of the machine. Accesses of a warp's lanes from one place in the code, each lane's first there since the warp
+// last met, each one's second, and so on, are one warp instruction. In other builds everything here is empty.
 #pragma once
 
 #include <cstddef>
@@ -41,17 +41,17 @@ struct Counts {
 
 // Of each kernel that ran since they were last taken.
 std::vector<Counts> take_counts();
-// The same as lines "kernel ADDRESS LAUNCHES" and "place ADDRESS TRAFFIC WHAT INSTRUCTIONS TAKEN IDEAL", addresses from the start
-// of the file that the program or library was loaded from.
+// The same as lines "kernel ADDRESS LAUNCHES" and "place ADDRESS TRAFFIC WHAT INSTRUCTIONS TAKEN IDEAL". Addresses count from
+// the start of the program or library as it was loaded.
 std::string take_counts_as_text();
 
-// What a twin of an instruction does to memory; it counts no plain access meanwhile (GEMMA4_UNCOUNTED).
+// What the twin of an instruction does to memory. Where it touches it itself is GEMMA4_UNCOUNTED.
 void count_load(const char* what, const void* address, size_t bytes);
 void count_store(const char* what, void* address, size_t bytes);
 // Copies a vector: a load and a store, of which those count that are not of registers.
 void count_copy(void* target, const void* source, size_t bytes);
 
-// The machinery's part: a launch, a warp that met (`all`: each warp), the end of the launch.
+// The machinery's part: a launch begins; a warp, or each of them, has met or ended.
 void counting_begins(const void* kernel, size_t warps);
 void count_warp(size_t warp);
 void count_all_warps();

@@ -33,7 +33,7 @@ struct FourNumbers {
   using Number = Element;
   Element x, y, z, w;
 };
-// The compiler takes their numbers one by one where it likes; in the counted build a load or store of them is the one access that
+// The compiler takes their numbers one by one where it likes; in the counted build a load or store of them is one access, as
 // it is for the machine.
 template <class Numbers>
 struct alignas(sizeof(Numbers)) Vector : Numbers {

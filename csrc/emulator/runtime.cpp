@@ -174,7 +174,7 @@ Memory memory_of(const void* address, uintptr_t* place) {
   *place = reinterpret_cast<uintptr_t>(address);
   const auto within = [&](const void* first, size_t bytes) { return *place - reinterpret_cast<uintptr_t>(first) < bytes; };
   if (now == nullptr || now->running->fiber->owns(address)) return Memory::kLocal;
-  // What stands for special registers and for constant memory: threadIdx and its kin, and where the launch finds its parameters.
+  // What stands for special registers and constant memory: threadIdx and its kin, and where the launch finds its parameters.
   if (within(now, sizeof *now) || within(now->threads.data(), now->threads.size() * sizeof(Thread))) return Memory::kLocal;
   if (within(now->body, sizeof *now->body)) return Memory::kLocal;
   if (!within(now->shared, now->shared_bytes)) return Memory::kGlobal;

@@ -28,8 +28,9 @@ int lane();
 // Of the block, counted from 0.
 int thread_number();
 
-// What an address is to the running fiber. Local is what is no memory to a kernel: its own stack, where registers live, built-in
-// variables, and everything while no kernel runs. `place` is the address itself, or its offset from the start of shared memory.
+// What an address is to the running fiber. Local is what is no memory to a kernel: its own stack, where registers live, the
+// built-in variables, and everything while no kernel runs. `place` is the address, or its offset from the start of shared
+// memory.
 enum class Memory { kLocal, kShared, kGlobal };
 Memory memory_of(const void* address, uintptr_t* place);
 
@@ -39,7 +40,8 @@ void* shared_memory();
 
 // Runs `body` once for each thread of each block. Returns what went wrong, or "". `kernel` is the function that body calls, by
 // which counts.h tells kernels apart.
-std::string launch(const std::function<void()>& body, Index grid, Index block, size_t shared_bytes, const void* kernel = nullptr);
+std::string launch(const std::function<void()>& body, Index grid, Index block, size_t shared_bytes,
+                   const void* kernel = nullptr);
 
 // Ends the launch with this sentence. Does not return.
 [[noreturn]] void fail(const std::string& sentence);

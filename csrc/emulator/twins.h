@@ -49,7 +49,9 @@ inline float to_float<Fp16>(uint16_t bits) {
 }  // namespace twin
 
 inline uint64_t evict_first_policy() { return 0; }
-GEMMA4_COUNTED_INLINE void copy_16_once(void* shared, const void* global, uint32_t bytes, uint64_t) { twin::copy_16(shared, global, bytes); }
+GEMMA4_COUNTED_INLINE void copy_16_once(void* shared, const void* global, uint32_t bytes, uint64_t) {
+  twin::copy_16(shared, global, bytes);
+}
 GEMMA4_COUNTED_INLINE void copy_16(void* shared, const void* global, uint32_t bytes) { twin::copy_16(shared, global, bytes); }
 inline void commit() { emulator::commit_copies(); }
 template <int GROUPS>
