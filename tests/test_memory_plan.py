@@ -61,12 +61,18 @@ def test_the_forms_of_a_full_layer_by_hand(form, row):
     assert found == 2 * 128 * row + 2 * 2 * 4 + (4 if form == "fp8" else 0)
 
 
-@pytest.mark.parametrize("keep_keys", [False, True])
-def test_caches_are_those_that_generation_allocates(keep_keys):
-    norm = None if keep_keys else SMALL  # anything: it says that keys follow from values
-    layers = {0: CachedLayer("sliding", 2, 8, 32), 1: CachedLayer("full", 1, 16, None, norm, norm)}
-    cache = SpeculativeCache(layers, batch=2, max_positions=100, tentative_rows=20, dtype=torch.bfloat16, device="cpu")
-    found = lines(SMALL, replace(SETTING, form="both" if keep_keys else "bf16"))
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [("both", None), ("bf16", torch.bfloat16), ("fp8", torch.float8_e4m3fn), ("int8", torch.int8)],
+)
+def test_caches_are_those_that_generation_allocates(form, dtype):
+    norm = None if form == "both" else torch.ones(16)  # keys follow from values
+    inv_freq = None if form == "both" else torch.ones(8)
+    layers = {0: CachedLayer("sliding", 2, 8, 32), 1: CachedLayer("full", 1, 16, None, norm, inv_freq)}
+    cache = SpeculativeCache(
+        layers, batch=2, max_positions=100, tentative_rows=20, dtype=torch.bfloat16, device="cpu", values_dtype=dtype
+    )
+    found = lines(SMALL, replace(SETTING, form=form))
     tables = 2 * 2 * 4 + 2 * 7 * 4
     assert found["cache: 1 full layers"] + found["cache: 1 sliding layers"] - tables == cache.nbytes
 
