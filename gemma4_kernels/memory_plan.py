@@ -44,6 +44,7 @@ CHUNK = 512
 RESERVE = GIB
 """A PyTorch process holds 0.3 to 0.7 GiB before its first tensor, a card of 12 GiB shows its user 11.75 to 12, and a display
 takes what it takes. Nobody has measured it with this package: an assumption, to be replaced by one's own."""
+MOST_REQUESTS, MOST_ROWS = 1 << 16, 1 << 20
 MULTIPROCESSORS = 128
 """Of an unknown card: more than most have, which makes a bound of what follows from it."""
 
@@ -123,8 +124,9 @@ def plan(model: Model, setting: Setting, drafter: Model | None = None) -> list[I
     """Every line of the memory that a model takes. Raises ValueError for a setting that the model cannot have."""
     for name, least in (("context", 1), ("batch", 1), ("chunk", 1), ("reserve", 0), ("multiprocessors", 1)):
         checks.whole_number("plan", name, getattr(setting, name), minimum=least)
-    if setting.context > model.max_context:
-        raise ValueError(f"plan: context of {model.name} must be at most {model.max_context}, got {setting.context}")
+    for name, most in (("context", model.max_context), ("chunk", MOST_ROWS), ("batch", MOST_REQUESTS)):
+        if getattr(setting, name) > most:
+            raise ValueError(f"plan: {name} must be at most {most} for {model.name}, got {getattr(setting, name)}")
     if setting.form not in FORMS:
         raise ValueError(f"plan: cache must be one of {', '.join(FORMS)}, got {setting.form!r}")
     if setting.form != "both" and not model.values_suffice:
@@ -197,16 +199,13 @@ def _alike(layers: list[CacheLayer]) -> dict[tuple[int, int], int]:
 def _workspace_items(model: Model, setting: Setting) -> Iterator[Item]:
     """One layer's at a time: what a layer gives back, the next takes."""
     batch, rows = setting.batch, VERIFIED_ROWS
-    parts = [
-        batch
-        * model.num_heads
-        * rows
-        * (tables.splits(setting.multiprocessors, layer.num_kv_heads) + 3)
-        * (layer.head_dim + 1)
-        for layer in model.layers
-    ]  # as attention/triton/tables.py `slots` without its bound by the capacity
+    # As `slots` of attention/triton/tables.py, without its bound by the capacity: numbers of one row of one head.
+    slots = {
+        layer: tables.splits(setting.multiprocessors, layer.num_kv_heads) + 3 for layer in dict.fromkeys(model.layers)
+    }
+    parts = batch * model.num_heads * rows * max(count * (layer.head_dim + 1) for layer, count in slots.items())
     detail = f"fp32, {rows} rows, {setting.multiprocessors} multiprocessors"
-    yield Item("workspace", "attention partials", 4 * max(parts), detail)
+    yield Item("workspace", "attention partials", 4 * parts, detail)
     # csrc/linear/linear.cu halves K until there are two blocks of 64 outputs a multiprocessor: fewer than four.
     pieces = 4 * setting.multiprocessors * 64 * rows
     yield Item("workspace", "pieces of products", 4 * pieces, f"fp32, {rows} rows")
@@ -404,10 +403,11 @@ def _layers(files: WeightFiles, text: list[TensorInfo], settings: Mapping[str, A
             name = found[2] + ("_norm" if found[3] == "_norm" else "")
             shapes.setdefault(int(found[1]), {})[name] = info.shape
     shared = settings.get("num_kv_shared_layers", settings.get("shared_kv_layers", 0))
-    own = len(shapes) - shared if type(shared) is int else len(shapes)
-    kept = [shapes[index] for index in sorted(shapes)[:own] if {"k", "k_norm"} <= shapes[index].keys()]
-    if not kept or any(len(each["k"]) != 2 or len(each["k_norm"]) != 1 or each["k_norm"][0] < 1 for each in kept):
-        raise ValueError(f"{files.path}: has no layers with keys and their norms: is it a Gemma model?")
+    own = len(shapes) - shared if type(shared) is int and 0 <= shared <= len(shapes) else len(shapes)
+    kept = [shapes[index] for index in sorted(shapes)[:own] if {"q", "k", "k_norm"} <= shapes[index].keys()]
+    ranks = [(len(each["q"]), len(each["k"]), len(each["k_norm"])) for each in kept]
+    if set(ranks) != {(2, 2, 1)} or any(not 0 < each["k_norm"][0] <= min(each["q"][0], each["k"][0]) for each in kept):
+        raise ValueError(f"{files.path}: has no layers with queries, keys and their norms: is it a Gemma model?")
     dims = [each["k_norm"][0] for each in kept]
     widest = max(dims)
     # Of Gemma 4 the full layers have the larger heads; of Gemma 3, where all are alike, every sixth is full.
@@ -416,5 +416,4 @@ def _layers(files: WeightFiles, text: list[TensorInfo], settings: Mapping[str, A
         CacheLayer("full" if is_full else "sliding", each["k"][0] // dim, dim, "v" not in each)
         for each, dim, is_full in zip(kept, dims, full, strict=True)
     ]
-    heads = max(each["q"][0] // dim for each, dim in zip(kept, dims, strict=True) if "q" in each)
-    return layers, heads
+    return layers, max(each["q"][0] // dim for each, dim in zip(kept, dims, strict=True))

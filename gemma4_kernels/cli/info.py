@@ -40,6 +40,9 @@ def add_parser(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.plan is not None:
         return _run_shown(plan_info, arguments, arguments.json)
+    if stray := plan_info.stray_options(arguments):
+        print(f"gemma4-kernels info: {stray} goes with --plan", file=sys.stderr)
+        return 1
     if arguments.model is not None:
         return _run_shown(model_info, arguments.model, arguments.json)
     found = collect()

@@ -36,6 +36,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--chunk", type=int, default=memory_plan.CHUNK, help="rows of a prompt that one pass takes")
 
 
+def stray_options(arguments: argparse.Namespace) -> str:
+    """An option of a plan, where none was asked for; empty if there is none."""
+    names = ("drafter", "context", "cache", "card", "memory")
+    return next((f"--{name}" for name in names if getattr(arguments, name) is not None), "")
+
+
 def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     """All of it as plain data. Raises ValueError, OSError."""
     model = memory_plan.model_of(arguments.plan)

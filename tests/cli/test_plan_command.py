@@ -66,7 +66,8 @@ def test_a_folder_of_safetensors_is_planned_and_its_tied_head_counted_once(comma
     raw = safetensors_file({
         "model.language_model.embed_tokens.weight": head, "lm_head.weight": head,
         "model.language_model.layers.0.self_attn.k_norm.weight": torch.ones(8),
-        "model.vision_tower.layers.0.self_attn.k_proj.weight": torch.zeros(3, 5),
+        **{f"model.vision_tower.layers.7.self_attn.{name}.weight": torch.zeros(16, 5) for name in ("q_proj", "k_proj")},
+        "model.vision_tower.layers.7.self_attn.k_norm.weight": torch.ones(4),
         **tensors("self_attn.q_proj", 32), **tensors("self_attn.k_proj", 16), **tensors("mlp.up_proj", 128),
     })  # fmt: skip
     (tmp_path / "model.safetensors").write_bytes(raw)
@@ -103,11 +104,13 @@ def test_the_longest_context_grows_with_the_memory(command, model):
 def test_what_cannot_be_planned_is_one_line_and_status_1(command, model, tmp_path):
     (tmp_path / "other.gguf").write_bytes(small_gguf())
     for arguments, said in (
-        (f"{tmp_path}/absent", "neither a file nor a folder"), (f"{tmp_path}/other.gguf", "no layers with keys"),
+        (f"{tmp_path}/absent", "neither a file nor a folder"), (f"{tmp_path}/other.gguf", "no layers with queries"),
         ("12B:Q3", "scheme must be one of"), ("12B:Q4_0 --context 300000", "at most 262144"),
         ("12B:Q4_0 --memory 12", "--memory must be a size"), ("12B:Q4_0 --card 'RTX 4060 Ti'", "8 and 16 GiB"),
         ("12B:Q4_0 --card 'RTX 1'", "'RTX 1'"), (f"{model} --batch 0", "batch"),
         (f"12B:Q4_0 --drafter {tmp_path}/absent", "neither a file nor a folder"),
+        ("12B-DRAFTER:Q4_0", "goes beside a model"), ("12B:Q4_0 --batch 100000000000", "at most"),
+        ("12B:Q4_0 --chunk 3000000", "at most"),
     ):  # fmt: skip
         answer = command(f"gemma4-kernels info --plan {arguments}")
         assert answer.status == 1, arguments
@@ -115,3 +118,23 @@ def test_what_cannot_be_planned_is_one_line_and_status_1(command, model, tmp_pat
         assert len(answer.err.splitlines()) == 1
         assert answer.err.startswith("gemma4-kernels info: ")
         assert said in answer.err
+
+
+def test_an_option_of_a_plan_without_a_plan_is_said(command):
+    answer = command("gemma4-kernels info --card 'RTX 3060'")
+    assert (answer.status, answer.out) == (1, "")
+    assert answer.err == "gemma4-kernels info: --card goes with --plan\n"
+
+
+@pytest.mark.parametrize("shape", [(7, 64), (64,), (0, 64)])
+def test_layers_that_make_no_sense_are_refused(command, tmp_path, shape):
+    """Fewer keys than a head has, or no matrix at all."""
+    tensors = {
+        "embed_tokens.weight": torch.zeros(3, 64), "layers.0.self_attn.q_proj.weight": torch.zeros(16, 64),
+        "layers.0.self_attn.k_proj.weight": torch.zeros(shape), "layers.0.self_attn.k_norm.weight": torch.ones(8),
+    }  # fmt: skip
+    (tmp_path / "model.safetensors").write_bytes(safetensors_file(tensors))
+    (tmp_path / "config.json").write_text(json.dumps({"sliding_window": 16, "max_position_embeddings": 512}))
+    answer = command(f"gemma4-kernels info --plan {tmp_path}")
+    assert answer.status == 1
+    assert "is it a Gemma model?" in answer.err
