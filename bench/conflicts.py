@@ -175,7 +175,10 @@ def _module_from(name: str, path: Path) -> ModuleType:
 
 
 def read(text: str, binary: Path) -> list[KernelCounts]:
-    """The counts that a program or module of the counted build gave as text (emulator/counts.h)."""
+    """The counts that a program or module of the counted build gave as text (emulator/counts.h).
+
+    Raises RuntimeError for a twin that would be counted as the loads and stores that it is made of.
+    """
     rows = [line.split() for line in text.splitlines()]
     kernels = _frames([row[1] for row in rows if row[0] == "kernel"], binary)
     # The address is where the call returns to: one byte before it belongs to the call.
@@ -187,7 +190,12 @@ def read(text: str, binary: Path) -> list[KernelCounts]:
             found.append(KernelCounts(_plain_name(kernels.pop(0)[0][0]), int(row[2])))
             sums.append({})
             continue
-        key = (row[2], row[3], _of_the_kernel(places.pop(0)))
+        frames = places.pop(0)
+        if row[3] == "plain" and os.path.basename(frames[0][1]).startswith("twins.h:"):
+            raise RuntimeError(
+                f"{frames[0][0]} of twins.h touches memory word by word: it must count itself (docs/cuda.md)"
+            )
+        key = (row[2], row[3], _of_the_kernel(frames))
         sums[-1][key] = sums[-1].get(key, Count()) + Count(*map(int, row[4:]))
     for counts, lines in zip(found, sums, strict=True):
         counts.lines = [Line(*key, count) for key, count in sorted(lines.items())]

@@ -88,6 +88,7 @@ def test_a_count_is_named_by_kernel_line_and_instruction(program):
     assert f"conflicts.cpp:{number}" in conflicts.render([counts], all_lines=False)
 
 
+@pytest.mark.skipif(build.obstacles()["_C_emulated"] is not None, reason="no emulated module can be built")
 @pytest.mark.parametrize("case", conflicts.CASES)
 def test_no_kernel_meets_a_bank_twice(case):
     kernels = conflicts.count_case(case)
