@@ -104,6 +104,16 @@ CARDS: dict[str, Card] = {
     "apple m4 max": Card(None, None, f"{_APPLE}: 410 or 546 GB/s, {_VARIANTS}"),
 }  # fmt: skip
 
+# Memory that a card of CARDS is sold with, GiB: the specifications and data sheets named there. Data-centre cards are named by
+# theirs in GB of 10^9 or GiB, as their data sheets do; the smaller is taken.
+MEMORY_GIB: dict[str, tuple[float, ...]] = {
+    "rtx 3060": (12,), "rtx 3060 laptop gpu": (6,), "rtx 3090": (24,), "rtx 4060": (8,), "rtx 4060 laptop gpu": (8,),
+    "rtx 4060 ti": (8, 16), "rtx 4090": (24,), "rtx 5060": (8,), "rtx 5060 ti": (8, 16), "rtx 5070": (12,),
+    "rtx 5070 ti": (16,), "rtx 5080": (16,), "rtx 5090": (32,), "a100-pcie-40gb": (40e9 / 2**30,),
+    "a100-sxm4-40gb": (40e9 / 2**30,), "a100 80gb pcie": (80e9 / 2**30,), "a100-sxm4-80gb": (80e9 / 2**30,),
+    "h100 80gb hbm3": (80e9 / 2**30,), "h100 pcie": (80e9 / 2**30,), "h200": (141e9 / 2**30,),
+}  # fmt: skip
+
 UNKNOWN = Card(None, None, "unknown: the card is not listed")
 
 
@@ -120,6 +130,19 @@ def predictable() -> list[str]:
 def find(name: str, memory_gib: float | None = None) -> Card:
     """The card that a driver calls `name`; UNKNOWN if it is not listed. The whole name has to match: "RTX 4060" is not
     "RTX 4060 Ti"."""
-    key = re.sub(r"\s+", " ", re.sub(r"\b(nvidia|geforce)\b", "", name.lower())).strip()
-    card = CARDS.get(key, UNKNOWN)
+    card = CARDS.get(_key(name), UNKNOWN)
     return UNKNOWN if memory_gib is not None and memory_gib < card.min_memory_gib else card
+
+
+def memory_gib(name: str) -> float:
+    """The memory of a card. Raises ValueError where the card is not listed, or sold with more than one size."""
+    sizes = MEMORY_GIB.get(_key(name), ())
+    if len(sizes) == 1:
+        return sizes[0]
+    if not sizes:
+        raise ValueError(f"card {name!r} has no memory in the list: {', '.join(MEMORY_GIB)}")
+    raise ValueError(f"card {name!r} is sold with {' and '.join(f'{size:g}' for size in sizes)} GiB: say which")
+
+
+def _key(name: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"\b(nvidia|geforce)\b", "", name.lower())).strip()

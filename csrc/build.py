@@ -4,6 +4,7 @@
     _C_emulated      the same sources for the CPU, by g++: any machine with a C++ compiler
     library          libgemma4_kernels.so, the C interface alone, and the example that calls it
     checks           the programs of tests/cuda, plain and under two sanitizers
+    counted          _C_emulated for bench/conflicts.py, which counts what kernels do to memory
 
 setup.py builds the first two when the package is installed. By hand, into the source tree: `python csrc/build.py`. Nothing
 needs torch. Environment variables: GEMMA4_CUDA=0 leaves the first out and GEMMA4_EMULATOR=0 the second, GEMMA4_NVCC names nvcc,
@@ -33,12 +34,17 @@ KERNELS = (
     "norms/sandwich_norm.cu",
 )  # fmt: skip
 BINDINGS = ("bindings/module.cpp", "bindings/linear.cpp", "bindings/norms.cpp")
-EMULATOR = ("emulator/fiber.cpp", "emulator/runtime.cpp", "emulator/collectives.cpp")
+EMULATOR = ("emulator/fiber.cpp", "emulator/runtime.cpp", "emulator/collectives.cpp", "emulator/counts.cpp")
 ARCHITECTURES = ("80", "86", "89", "90", "120")
 # The oldest machine code serves cards of its own major version only; newer ones (sm_100, and what comes) compile this PTX.
 PTX = "90"
 OLDEST_NVCC = (12, 8)  # the first that knows sm_120
+# "counted" is ThreadSanitizer's instrumentation with the functions of emulator/counts.cpp behind it.
+COUNTED = "counted"
 SANITIZERS = {"plain": (), "address": ("-fsanitize=address",), "thread": ("-fsanitize=thread",)}
+_KERNEL_FLAGS = {**SANITIZERS, COUNTED: ("-fsanitize=thread", "-DGEMMA4_COUNTED")}
+_MACHINERY_FLAGS = {**SANITIZERS, "thread": ("-DGEMMA4_THREAD_SANITIZER",), COUNTED: ("-DGEMMA4_COUNTED",)}
+_LINK_FLAGS = {**SANITIZERS, COUNTED: ("-pie", "-ldl")}
 
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden")
 # Type punning through pointers is CUDA's way and the emulator's; a contraction to fused multiply-adds would hide what a kernel
@@ -180,13 +186,11 @@ def add_kernels(plan: Plan, nvcc: Compiler) -> list[Path]:
 
 def add_emulated(plan: Plan, build: str = "plain") -> list[Path]:
     """Objects of the C interface for the CPU. The machinery itself is never instrumented for ThreadSanitizer."""
-    flags = SANITIZERS[build]
-    machinery = ("-DGEMMA4_THREAD_SANITIZER",) if build == "thread" else flags
     kind = f"emulated-{build}"
     command = [*_cache(), _cxx(), *_EMULATED]
-    kernels = [*command, *flags, '-DGEMMA4_ARCHITECTURES=""', "-x", "c++"]
+    kernels = [*command, *_KERNEL_FLAGS[build], '-DGEMMA4_ARCHITECTURES=""', "-x", "c++"]
     return [
-        *(plan.compile(source, kind, [*command, *machinery]) for source in EMULATOR),
+        *(plan.compile(source, kind, [*command, *_MACHINERY_FLAGS[build]]) for source in EMULATOR),
         *(plan.compile(source, kind, kernels) for source in KERNELS),
     ]
 
@@ -242,6 +246,20 @@ def modules(into: Path, folder: Path) -> dict[str, str]:
     return {name: reason or "built" for name, reason in found.items()}
 
 
+def counted_module(folder: Path) -> Path:
+    """Build `_C_counted` for bench/conflicts.py: the emulated module in its counted build, installed nowhere.
+
+    Raises RuntimeError where it cannot be built.
+    """
+    if missing := _missing_for_bindings():
+        raise RuntimeError(missing)
+    plan = Plan(folder, COUNTED)
+    output = folder / f"_C_counted{sysconfig.get_config_var('EXT_SUFFIX')}"
+    add_module(plan, "_C_counted", add_emulated(plan, COUNTED), output, link_cpu())
+    plan.run()
+    return output
+
+
 def library(folder: Path, emulated: bool) -> Path:
     """Build the C library and its example; the example's path. Raises RuntimeError where there is no compiler for it."""
     plan = Plan(folder, "emulated_library" if emulated else "library")
@@ -265,12 +283,12 @@ def checks(
         objects = add_emulated(plan, build)
         for name in names:
             source = ROOT / "tests" / "cuda" / f"{name}.cpp"
-            main = plan.compile(source, f"emulated-{build}", [*_cache(), _cxx(), *_EMULATED, *SANITIZERS[build]])
+            main = plan.compile(source, f"emulated-{build}", [*_cache(), _cxx(), *_EMULATED, *_KERNEL_FLAGS[build]])
             found[name, build] = folder / f"{name}-{build}"
             plan.edge(
                 found[name, build],
-                [main, *objects],
-                [_cxx(), *SANITIZERS[build], main, *objects, "-o", found[name, build]],
+                [*objects, main],
+                [_cxx(), *objects, main, *_LINK_FLAGS[build], "-o", found[name, build]],
             )
     plan.targets += found.values()
     plan.run()

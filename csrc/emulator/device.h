@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "collectives.h"
+#include "counts.h"
 #include "runtime.h"
 
 #define __global__
@@ -22,18 +23,35 @@
 #define blockDim (::emulator::block_size())
 #define gridDim (::emulator::grid_size())
 
-struct alignas(8) float2 {
-  float x, y;
+template <class Element>
+struct TwoNumbers {
+  using Number = Element;
+  Element x, y;
 };
-struct alignas(8) uint2 {
-  uint32_t x, y;
+template <class Element>
+struct FourNumbers {
+  using Number = Element;
+  Element x, y, z, w;
 };
-struct alignas(16) uint4 {
-  uint32_t x, y, z, w;
+// The compiler takes their numbers one by one where it likes; in the counted build a load or store of them is one access, as
+// it is for the machine.
+template <class Numbers>
+struct alignas(sizeof(Numbers)) Vector : Numbers {
+#if defined(GEMMA4_COUNTED)
+  Vector() = default;
+  template <class... Each>
+  GEMMA4_COUNTED_INLINE Vector(Each... each) : Numbers{typename Numbers::Number(each)...} {}
+  GEMMA4_COUNTED_INLINE Vector(const Vector& other) : Numbers() { emulator::count_copy(this, &other, sizeof other); }
+  GEMMA4_COUNTED_INLINE Vector& operator=(const Vector& other) {
+    emulator::count_copy(this, &other, sizeof other);
+    return *this;
+  }
+#endif
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
+using float2 = Vector<TwoNumbers<float>>;
+using uint2 = Vector<TwoNumbers<uint32_t>>;
+using float4 = Vector<FourNumbers<float>>;
+using uint4 = Vector<FourNumbers<uint32_t>>;
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 

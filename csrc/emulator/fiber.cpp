@@ -101,6 +101,10 @@ Fiber::~Fiber() {
   delete static_cast<ucontext_t*>(portable_);
 }
 
+bool Fiber::owns(const void* address) const {
+  return reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(stack_) < kStackBytes;
+}
+
 void Fiber::arrived() {
 #if defined(GEMMA4_ADDRESS_SANITIZER)
   const void* bottom = nullptr;

@@ -17,6 +17,8 @@ class Fiber {
 
   // Leaves `from`, the running fiber, and goes on with this one.
   void resume(Fiber& from);
+  // Whether an address is on its stack.
+  bool owns(const void* address) const;
   // What a new fiber does first.
   static void arrived();
 

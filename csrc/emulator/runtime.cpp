@@ -6,6 +6,7 @@
 #include <mutex>
 #include <vector>
 
+#include "counts.h"
 #include "fiber.h"
 
 #if defined(GEMMA4_THREAD_SANITIZER)
@@ -67,6 +68,7 @@ struct Launch {
   Meeting whole;
   Thread* running = nullptr;
   void* shared = nullptr;
+  size_t shared_bytes = 0;
   char begin_token = 0, end_token = 0;
   std::string failure;
 };
@@ -108,6 +110,11 @@ int come(Meeting& meeting, const char* what, int line, bool orders_memory, const
   copy_bytes(meeting.inputs[side] + size_t(thread.number % kWarp) * bytes, input, bytes);
   if (++meeting.arrived == meeting.expected) {
     if (combine != nullptr) combine(meeting.inputs[side]);
+    if (&meeting == &now->whole) {
+      count_all_warps();
+    } else {
+      count_warp(size_t(thread.number / kWarp));
+    }
     meeting.arrived = 0;
     meeting.side = 1 - side;
     for (Thread& other : now->threads) {
@@ -140,6 +147,7 @@ void run_block() {
     }
   }
   __tsan_acquire(&now->end_token);
+  count_all_warps();
   const Thread* waiting = nullptr;
   const Thread* other = nullptr;
   for (const Thread& thread : now->threads) {
@@ -159,7 +167,20 @@ const Index& block_index() { return now->place; }
 const Index& block_size() { return now->block; }
 const Index& grid_size() { return now->grid; }
 int lane() { return now->running->number % kWarp; }
+int thread_number() { return now->running->number; }
 void* shared_memory() { return now->shared; }
+
+Memory memory_of(const void* address, uintptr_t* place) {
+  *place = reinterpret_cast<uintptr_t>(address);
+  const auto within = [&](const void* first, size_t bytes) { return *place - reinterpret_cast<uintptr_t>(first) < bytes; };
+  if (now == nullptr || now->running->fiber->owns(address)) return Memory::kLocal;
+  // What stands for special registers and constant memory: threadIdx and its kin, and where the launch finds its parameters.
+  if (within(now, sizeof *now) || within(now->threads.data(), now->threads.size() * sizeof(Thread))) return Memory::kLocal;
+  if (within(now->body, sizeof *now->body)) return Memory::kLocal;
+  if (!within(now->shared, now->shared_bytes)) return Memory::kGlobal;
+  *place -= reinterpret_cast<uintptr_t>(now->shared);
+  return Memory::kShared;
+}
 
 void fail(const std::string& sentence) {
   now->failure = sentence;
@@ -198,7 +219,7 @@ void wait_copies(int groups_under_way, Store store) {
   committed.erase(committed.begin(), committed.begin() + done);
 }
 
-std::string launch(const std::function<void()>& body, Index grid, Index block, size_t shared_bytes) {
+std::string launch(const std::function<void()>& body, Index grid, Index block, size_t shared_bytes, const void* kernel) {
   const size_t threads = size_t(block.x) * block.y * block.z;
   if (threads == 0 || threads > 1024 || threads % kWarp != 0) return "a block must have a multiple of 32 threads, at most 1024";
   std::lock_guard<std::mutex> lock(one_at_a_time);
@@ -207,6 +228,7 @@ std::string launch(const std::function<void()>& body, Index grid, Index block, s
   now->body = &body;
   now->grid = grid;
   now->block = block;
+  now->shared_bytes = shared_bytes;
   now->threads = std::vector<Thread>(threads);
   now->warps = std::vector<Meeting>(threads / kWarp);
   now->whole.expected = int(threads);
@@ -217,6 +239,7 @@ std::string launch(const std::function<void()>& body, Index grid, Index block, s
     thread.index = {unsigned(number % block.x), unsigned(number / block.x % block.y), unsigned(number / block.x / block.y)};
     thread.fiber = std::make_unique<Fiber>(thread_main);
   }
+  counting_begins(kernel, now->warps.size());
   Index& place = now->place;
   for (place.z = 0; place.z < grid.z && now->failure.empty(); ++place.z) {
     for (place.y = 0; place.y < grid.y && now->failure.empty(); ++place.y) {

@@ -25,13 +25,23 @@ const Index& block_index();
 const Index& block_size();
 const Index& grid_size();
 int lane();
+// Of the block, counted from 0.
+int thread_number();
+
+// What an address is to the running fiber. Local is what is no memory to a kernel: its own stack, where registers live, the
+// built-in variables, and everything while no kernel runs. `place` is the address, or its offset from the start of shared
+// memory.
+enum class Memory { kLocal, kShared, kGlobal };
+Memory memory_of(const void* address, uintptr_t* place);
 
 // Bytes of dynamic shared memory of the running block: a heap block of exactly that size, so that AddressSanitizer knows its ends,
 // filled with NaN before each block.
 void* shared_memory();
 
-// Runs `body` once for each thread of each block. Returns what went wrong, or "".
-std::string launch(const std::function<void()>& body, Index grid, Index block, size_t shared_bytes);
+// Runs `body` once for each thread of each block. Returns what went wrong, or "". `kernel` is the function that body calls, by
+// which counts.h tells kernels apart.
+std::string launch(const std::function<void()>& body, Index grid, Index block, size_t shared_bytes,
+                   const void* kernel = nullptr);
 
 // Ends the launch with this sentence. Does not return.
 [[noreturn]] void fail(const std::string& sentence);

@@ -11,16 +11,22 @@ struct Fp16 {};
 namespace twin {
 
 // Word by word, never by memset or memcpy: GCC does not tell ThreadSanitizer of one that it expands in place.
-inline void store_words(void* target, const void* data, size_t bytes) {
+GEMMA4_UNCOUNTED inline void store_words(void* target, const void* data, size_t bytes) {
   auto* to = static_cast<volatile uint32_t*>(target);
   for (size_t i = 0; i < bytes / 4; ++i) to[i] = static_cast<const uint32_t*>(data)[i];
 }
 
+GEMMA4_UNCOUNTED inline void load_words(void* target, const void* data, size_t bytes) {
+  for (size_t i = 0; i < bytes / 4; ++i) static_cast<uint32_t*>(target)[i] = static_cast<const volatile uint32_t*>(data)[i];
+}
+
 // NaN goes to the target at once, and the data when they are waited for: who reads too early, or still reads what the target held,
 // gets NaN. Source and target are both touched here, where AddressSanitizer looks.
-inline void copy(void* shared, const void* global, uint32_t size, uint32_t bytes) {
+GEMMA4_COUNTED_INLINE void copy(void* shared, const void* global, uint32_t size, uint32_t bytes) {
+  emulator::count_load("cp.async", global, bytes);
+  emulator::count_store("cp.async", shared, size);
   uint32_t data[4] = {0, 0, 0, 0};
-  for (uint32_t i = 0; i < bytes / 4; ++i) data[i] = static_cast<const volatile uint32_t*>(global)[i];
+  load_words(data, global, bytes);
   if (reinterpret_cast<uintptr_t>(shared) % size != 0 || reinterpret_cast<uintptr_t>(global) % size != 0) {
     emulator::fail("cp.async at an address that is no multiple of its bytes");
   }
@@ -43,9 +49,13 @@ inline float to_float<Fp16>(uint16_t bits) {
 }  // namespace twin
 
 inline uint64_t evict_first_policy() { return 0; }
-inline void copy_16_once(void* shared, const void* global, uint32_t bytes, uint64_t) { twin::copy(shared, global, 16, bytes); }
-inline void copy_16(void* shared, const void* global, uint32_t bytes) { twin::copy(shared, global, 16, bytes); }
-inline void copy_4_once(void* shared, const void* global, uint32_t bytes, uint64_t) { twin::copy(shared, global, 4, bytes); }
+GEMMA4_COUNTED_INLINE void copy_16_once(void* shared, const void* global, uint32_t bytes, uint64_t) {
+  twin::copy(shared, global, 16, bytes);
+}
+GEMMA4_COUNTED_INLINE void copy_16(void* shared, const void* global, uint32_t bytes) { twin::copy(shared, global, 16, bytes); }
+GEMMA4_COUNTED_INLINE void copy_4_once(void* shared, const void* global, uint32_t bytes, uint64_t) {
+  twin::copy(shared, global, 4, bytes);
+}
 inline void commit() { emulator::commit_copies(); }
 template <int GROUPS>
 inline void wait() {
@@ -53,10 +63,11 @@ inline void wait() {
 }
 
 // Each lane reads the row whose address it gives, so a race with it has the right thread's name.
-inline void load_matrices(uint32_t (&out)[4], const void* row, int line = __builtin_LINE()) {
+GEMMA4_COUNTED_INLINE void load_matrices(uint32_t (&out)[4], const void* row, int line = __builtin_LINE()) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulator::fail("ldmatrix of a row whose address is no multiple of 16");
   uint32_t mine[4];
-  for (int i = 0; i < 4; ++i) mine[i] = static_cast<const volatile uint32_t*>(row)[i];
+  emulator::count_load("ldmatrix", row, 16);
+  twin::load_words(mine, row, 16);
   emulator::distribute_matrices(mine, out, line);
 }
 

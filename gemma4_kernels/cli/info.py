@@ -1,9 +1,9 @@
 """`gemma4-kernels info`: versions, devices, and which backend serves which op on each device, with every refusal's reason.
 
 It must answer on any machine: whatever cannot be found out becomes a sentence in its place. With --model it shows what is in a
-file of weights instead.
+file of weights instead, with --plan the memory that a model takes.
 
-Exit status: 0; 1 where the model cannot be read.
+Exit status: 0; 1 where the model cannot be read or planned.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from gemma4_kernels import backends, environment
 from gemma4_kernels._version import __version__
-from gemma4_kernels.cli import model_info
+from gemma4_kernels.cli import model_info, plan_info
 from gemma4_kernels.cuda_common import support as cuda_support
 
 LIBRARIES = ("torch", "numpy", "triton", "transformers", "gguf")
@@ -33,24 +33,30 @@ def add_parser(subparsers: Any) -> None:
         "--model", metavar="MODEL",
         help="show what is in a GGUF file, a safetensors file or folder, ollama:NAME:TAG or lmstudio:PUBLISHER/MODEL",
     )  # fmt: skip
+    plan_info.add_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.plan is not None:
+        return _run_shown(plan_info, arguments, arguments.json)
+    if stray := plan_info.stray_options(arguments):
+        print(f"gemma4-kernels info: {stray} goes with --plan", file=sys.stderr)
+        return 1
     if arguments.model is not None:
-        return _run_model(arguments.model, arguments.json)
+        return _run_shown(model_info, arguments.model, arguments.json)
     found = collect()
     print(json.dumps(found, indent=2) if arguments.json else render(found))
     return 0
 
 
-def _run_model(name: str, as_json: bool) -> int:
+def _run_shown(module: Any, wanted: Any, as_json: bool) -> int:
     try:
-        found = model_info.collect(name)
+        found = module.collect(wanted)
     except (OSError, ValueError) as error:
         print(model_info.plain(f"gemma4-kernels info: {error}"), file=sys.stderr)
         return 1
-    print(json.dumps(found, indent=2) if as_json else model_info.render(found))
+    print(json.dumps(found, indent=2) if as_json else module.render(found))
     return 0
 
 

