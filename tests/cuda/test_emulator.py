@@ -36,7 +36,7 @@ CAUGHT = [
 
 @pytest.fixture(scope="module")
 def programs():
-    return build.checks(FOLDER, ("faults", "linear_check"))
+    return build.checks(FOLDER, ("faults", "linear_check", "norms_check"))
 
 
 def run(program, *arguments: str) -> tuple[int, str]:
@@ -72,12 +72,14 @@ def test_every_planted_fault_is_in_these_lists(programs):
 
 
 @pytest.mark.parametrize("sanitizer", build.SANITIZERS)
-def test_the_linear_kernels_are_right_and_clean(programs, sanitizer):
-    status, text = run(programs["linear_check", sanitizer])
+@pytest.mark.parametrize("program", ["linear_check", "norms_check"])
+def test_the_kernels_are_right_and_clean(programs, program, sanitizer):
+    status, text = run(programs[program, sanitizer])
     assert status == 0, text
 
 
 @pytest.mark.parametrize("sanitizer", ["plain", "address"])
-def test_bad_arguments_of_the_c_interface_are_refused_in_words(programs, sanitizer):
-    status, text = run(programs["linear_check", sanitizer], "fuzz", "3000")
+@pytest.mark.parametrize("program", ["linear_check", "norms_check"])
+def test_bad_arguments_of_the_c_interface_are_refused_in_words(programs, program, sanitizer):
+    status, text = run(programs[program, sanitizer], "fuzz", "3000")
     assert status == 0, text
