@@ -129,10 +129,23 @@ __device__ __forceinline__ const void* head_of(const Heads& heads, int64_t reque
          head * heads.head_stride;
 }
 
+// Where a head goes: into the query that is returned, or into a cache; null where it has no place.
 template <class Type>
-__device__ __forceinline__ void* head_of(const Cache& cache, const Place& place, int head) {
+__device__ __forceinline__ void* target_of(const Parameters& p, const Task& task, int64_t token, int64_t request, int row) {
+  if (task.kind == kQuery) return static_cast<Bits<Type>*>(p.out) + (token * p.q_heads + task.head) * p.head_dim;
+  const Place place = place_of(p, request, row);
+  if (place.entry < 0) return nullptr;
+  const Cache& cache = task.kind == kKey ? p.k_cache : p.v_cache;
   return static_cast<Bits<Type>*>(cache.data) + place.entry * cache.entry_stride + place.row * cache.row_stride +
-         head * cache.head_stride;
+         task.head * cache.head_stride;
+}
+
+// A row of a table that is wanted after the sum, for which all lanes wait, is sent for before it.
+template <class Table>
+__device__ __forceinline__ void send_ahead(const Table* row, int first, int half) {
+  if (first >= half) return;
+  ptx::prefetch(row + first);
+  ptx::prefetch(row + half + first);
 }
 
 template <class Type, int LANES>
@@ -144,8 +157,13 @@ __global__ void __launch_bounds__(kThreads) prologue_kernel(const Parameters p) 
   const int half = task.kind == kNothing ? 0 : p.head_dim / 2, first = int(threadIdx.x) % LANES * kEight;
   const Heads& from = task.kind == kQuery ? p.q : task.kind == kKey ? p.k : p.v;
   Halves x = load_halves<Type>(head_of<Type>(from, request, row, task.head), first, half, p.whole);
+  const auto* cos = static_cast<const Bits<Type>*>(p.cos) + request * p.cos_batch_stride + row * p.cos_row_stride;
+  const auto* sin = static_cast<const Bits<Type>*>(p.sin) + request * p.sin_batch_stride + row * p.sin_row_stride;
+  const bool turns = task.kind == kQuery || task.kind == kKey;
+  if (turns) send_ahead(cos, first, half), send_ahead(sin, first, half);
+  void* to = task.kind == kNothing ? nullptr : target_of<Type>(p, task, token, request, row);
   const float inverse = inverse_rms(sum_of_lanes<LANES>(add_squares(add_squares(0, x.low), x.high)), p.head_dim, p.eps);
-  if (first >= half) return;
+  if (to == nullptr || first >= half) return;
 
   Halves weight;
 #pragma unroll
@@ -154,19 +172,8 @@ __global__ void __launch_bounds__(kThreads) prologue_kernel(const Parameters p) 
   if (task.kind == kKey) weight = load_weights(p.k_weight, p.k_weight_dtype, first, half, p.whole);
   scale_eight<Type>(x.low, inverse, weight.low);
   scale_eight<Type>(x.high, inverse, weight.high);
-  if (task.kind != kValue) {
-    const auto* cos = static_cast<const Bits<Type>*>(p.cos) + request * p.cos_batch_stride + row * p.cos_row_stride;
-    const auto* sin = static_cast<const Bits<Type>*>(p.sin) + request * p.sin_batch_stride + row * p.sin_row_stride;
-    rotate<Type>(x, load_halves<Type>(cos, first, half, p.whole), load_halves<Type>(sin, first, half, p.whole));
-  }
-
-  if (task.kind == kQuery) {
-    store_halves<Type>(static_cast<Bits<Type>*>(p.out) + (token * p.q_heads + task.head) * p.head_dim, x, first, half, p.whole);
-    return;
-  }
-  const Place place = place_of(p, request, row);
-  if (place.entry < 0) return;
-  store_halves<Type>(head_of<Type>(task.kind == kKey ? p.k_cache : p.v_cache, place, task.head), x, first, half, p.whole);
+  if (turns) rotate<Type>(x, load_halves<Type>(cos, first, half, p.whole), load_halves<Type>(sin, first, half, p.whole));
+  store_halves<Type>(to, x, first, half, p.whole);
 }
 
 // The C interface -----------------------------------------------------------------------------------------------------------------
