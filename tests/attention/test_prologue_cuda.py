@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from emulated import _emulate, needs_emulator  # noqa: F401
-from prologue_helpers import DTYPES, GEMMA, KINDS, sliding_layer, with_exact_sums, written
+from prologue_helpers import DTYPES, GEMMA, KINDS, full_layer, sliding_layer, with_exact_sums, written
 
 from gemma4_kernels import BackendError, RingCache, explain, use_backend
 from gemma4_kernels.attention import prologue_cuda
@@ -253,3 +253,10 @@ def test_explain_says_why_it_is_passed_over():
     layer = sliding_layer(torch.float64)
     with pytest.raises(BackendError, match="takes bfloat16, float16, float32, not float64"):
         layer.append(layer.caches(8))
+
+
+def test_values_of_8_bits_are_another_backends():
+    layer = full_layer(torch.bfloat16)
+    values = layer.caches(8)[0].to(torch.float8_e4m3fn)
+    with pytest.raises(BackendError, match="does not support"):
+        layer.append([values], values_scale=torch.full((1,), 1 / 16))

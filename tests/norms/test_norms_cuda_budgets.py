@@ -1,4 +1,4 @@
-"""The machine code of the compiled norms and of the prologue, for cards that are not here: registers, memory, width of accesses."""
+"""The machine code of the compiled norms and of the prologue, for cards that are not here: registers, width of accesses."""
 
 from __future__ import annotations
 
