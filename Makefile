@@ -53,7 +53,7 @@ test-plain: modules
 
 test-interpreted: $(READY)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/attention/triton_backend tests/linear/triton_backend \
-		tests/verification/triton_backend
+		tests/norms/triton_backend tests/verification/triton_backend
 
 bench: $(READY)
 	$(BIN)/gemma4-kernels bench --quick

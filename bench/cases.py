@@ -35,6 +35,7 @@ from gemma4_kernels.bench.attention_calls import (
 )
 from gemma4_kernels.bench.case_strings import BENCH, BENCH_QUICK, EXCERPT_ABOVE, QUICK, CaseString, each_once
 from gemma4_kernels.bench.linear_cases import LINEAR_OPS, LinearCase, linear_bench_cases, linear_cases
+from gemma4_kernels.bench.norm_cases import NORM_OPS, NormCase, norm_bench_cases, norm_cases
 from gemma4_kernels.bench.verification_cases import CASES_OF as VERIFICATION
 from gemma4_kernels.bench.verification_cases import verification_bench_cases, verification_cases
 from gemma4_kernels.geometry import GEMMA4_12B
@@ -431,10 +432,12 @@ def attention_bench_cases() -> tuple[AttentionCase, ...]:
 FAMILIES: dict[str, tuple[Callable[[], tuple[Case, ...]], ...]] = {
     "attention": (attention_cases, attention_bench_cases),
     "linear": (linear_cases, linear_bench_cases),
+    "norms": (norm_cases, norm_bench_cases),
     "verification": (verification_cases, verification_bench_cases),
 }
 CASE_TYPES: dict[str, Any] = {
-    **dict.fromkeys(INPUTS, AttentionCase), **dict.fromkeys(LINEAR_OPS, LinearCase), **VERIFICATION
+    **dict.fromkeys(INPUTS, AttentionCase), **dict.fromkeys(LINEAR_OPS, LinearCase),
+    **dict.fromkeys(NORM_OPS, NormCase), **VERIFICATION,
 }  # fmt: skip
 
 

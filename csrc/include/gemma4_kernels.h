@@ -155,6 +155,70 @@ typedef struct gemma4_sandwich_norm_arguments {
 
 GEMMA4_API gemma4_status gemma4_sandwich_norm(const gemma4_sandwich_norm_arguments* arguments, gemma4_stream stream);
 
+/* What a projection gave: (batch, rows, heads, head_dim), dense in the last dim. */
+typedef struct gemma4_prologue_heads {
+  const void* data;
+  int64_t batch_stride; /* elements */
+  int64_t row_stride;
+  int64_t head_stride;
+} gemma4_prologue_heads;
+
+/* A cache that takes new rows: (entries, entry_rows, kv_heads, head_dim), dense in the last dim. */
+typedef struct gemma4_prologue_cache {
+  void* data;
+  int64_t entry_stride; /* elements */
+  int64_t row_stride;
+  int64_t head_stride;
+} gemma4_prologue_cache;
+
+/* From the projections of a layer to a query and rows in a cache:
+ *
+ *   out = rope(norm(q) * q_weight)      k_cache <- rope(norm(k) * k_weight)      v_cache <- norm(v)
+ *
+ * A norm is over head_dim, in fp32, and rounded once. rope(x) is x * cos + rotate_half(x) * sin with rotate_half((a, b)) = (-b, a),
+ * each of its three operations rounded to dtype. Row i of a request goes to row lengths[request] + i of its cache, which is entry
+ * `request`, or the pages that its row of the block table names. Lengths and pages are looked at on the device: a row for which there
+ * is no place is left out. Two rows for one place leave either of them there. */
+typedef struct gemma4_prologue_arguments {
+  int64_t batch;
+  int64_t rows; /* of each request */
+  int64_t q_heads;
+  int64_t kv_heads;
+  int64_t head_dim; /* even, up to 512 */
+  gemma4_prologue_heads q; /* in dtype, like k, v, cos, sin, out and the caches; each aligned to its elements */
+  gemma4_prologue_heads k;
+  gemma4_prologue_heads v;
+  const void* q_weight; /* (head_dim) */
+  const void* k_weight; /* (head_dim) */
+  const void* cos;      /* (batch, rows, head_dim), dense in the last dim; a batch stride of 0 is one rotation for all */
+  const void* sin;
+  int64_t cos_batch_stride;
+  int64_t cos_row_stride;
+  int64_t sin_batch_stride;
+  int64_t sin_row_stride;
+  void* out; /* (batch, rows, q_heads, head_dim), dense */
+  gemma4_prologue_cache k_cache;
+  gemma4_prologue_cache v_cache;
+  int64_t entries;    /* of both caches: at least batch, or the number of pages */
+  int64_t entry_rows; /* the capacity of a request, or the size of a page */
+  const void* lengths;     /* (batch) int32 or int64: rows in use before the call */
+  const void* block_table; /* (batch, table_columns) int32 or int64, dense in the last dim; or null */
+  int64_t table_stride;
+  int64_t table_columns;
+  int32_t lengths_are_64_bit;
+  int32_t block_table_is_64_bit;
+  int32_t dtype; /* gemma4_dtype, like the next two */
+  int32_t q_weight_dtype;
+  int32_t k_weight_dtype;
+  float eps;
+} gemma4_prologue_arguments;
+
+GEMMA4_API gemma4_status gemma4_qkv_prologue(const gemma4_prologue_arguments* arguments, gemma4_stream stream);
+
+/* For a layer whose k and v are one projection and whose cache holds values alone: v is what k_proj gave, and k, k_weight and k_cache
+ * are null. */
+GEMMA4_API gemma4_status gemma4_k_eq_v_prologue(const gemma4_prologue_arguments* arguments, gemma4_stream stream);
+
 /* ------------------------------------------------------------------------------------------------------------------------------- */
 
 GEMMA4_API int32_t gemma4_abi_version(void);

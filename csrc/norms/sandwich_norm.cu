@@ -143,8 +143,8 @@ gemma4_status check(const gemma4_sandwich_norm_arguments* arguments) {
   if (a.n > kMostNumbers) return kChecks.unsupported("n goes to " + number(kMostNumbers) + ", got " + number(a.n));
   if (!is_dtype(a.dtype)) return kChecks.invalid("dtype " + number(a.dtype) + " is no gemma4_dtype");
   if (!(a.eps > 0) || std::isinf(a.eps)) return kChecks.invalid("eps must be positive and finite");
-  if ((a.pre_weight == nullptr) != (a.normed == nullptr)) return kChecks.invalid("pre_weight and normed go together");
   if (a.m == 0) return GEMMA4_OK;
+  if ((a.pre_weight == nullptr) != (a.normed == nullptr)) return kChecks.invalid("pre_weight and normed go together");
   if (auto status = check_rows("x", a.x, a.x_stride, 0, a)) return status;
   if (auto status = check_rows("residual", a.residual, a.residual_stride, 0, a)) return status;
   if (auto status = check_rows("hidden", a.hidden, a.hidden_stride, a.n, a)) return status;

@@ -17,6 +17,7 @@ from gemma4_kernels import backends, checks
 from gemma4_kernels.attention import value_codes
 from gemma4_kernels.attention.ops import MAX_HEAD_DIM, _call, _capacity
 from gemma4_kernels.backends import Call, Implementation
+from gemma4_kernels.cuda_common import support as cuda_support
 from gemma4_kernels.op_support import fp32_sums
 from gemma4_kernels.triton_common import support
 
@@ -130,5 +131,17 @@ for _op, _schema in SCHEMAS.items():
     backends.register(
         support.implementation(
             _op, f"gemma4_kernels.attention.triton.prologue:{_op}", frozenset({"paged"}), MAX_HEAD_DIM
+        )
+    )
+    backends.register(
+        Implementation(
+            op=_op,
+            backend="cuda",
+            entry=f"gemma4_kernels.attention.prologue_cuda:{_op}",
+            dtypes=frozenset(cuda_support.DTYPE_CODES),
+            features=frozenset({"paged"}),
+            max_head_dim=MAX_HEAD_DIM,
+            refuses=cuda_support.refuses,
+            only_by_name=cuda_support.only_by_name,
         )
     )

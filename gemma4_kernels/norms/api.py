@@ -56,11 +56,11 @@ def _plan(
     checks.has_dtype(name, "residual", residual, (x.dtype,))
     for argument, tensor in (("x", x), ("residual", residual)):
         checks.is_dense(name, argument, tensor)
-    for argument, weight in (("post_weight", post_weight), ("pre_weight", pre_weight)):
-        if weight is not None or argument == "post_weight":
-            checks.has_shape(name, argument, weight, (x.shape[-1],))
-            checks.has_dtype(name, argument, weight, checks.FLOATS)
-            checks.is_dense(name, argument, weight)
+    weights = {"post_weight": post_weight} | ({} if pre_weight is None else {"pre_weight": pre_weight})
+    for argument, weight in weights.items():
+        checks.has_shape(name, argument, weight, (x.shape[-1],))
+        checks.has_dtype(name, argument, weight, checks.FLOATS)
+        checks.is_dense(name, argument, weight)
     if layer_scalar is not None:
         checks.has_dtype(name, "layer_scalar", layer_scalar, checks.FLOATS)
         if layer_scalar.shape not in ((), (1,)):

@@ -14,7 +14,7 @@ RIGHT = (
     "barrier", "warp-barrier", "copy", "ring", "divergence", "collective", "global", "shared", "global-copy", "fragments",
     "matrices",
 )  # fmt: skip
-LINEAR = ("linear_check", "linear_fused_check")
+CHECKS = ("linear_check", "linear_fused_check", "norms_check")
 # (kernel, build that catches it, what it says)
 CAUGHT = [
     ("barrier-missing", "thread", "data race"),
@@ -37,7 +37,7 @@ CAUGHT = [
 
 @pytest.fixture(scope="module")
 def programs():
-    return build.checks(FOLDER, ("faults", *LINEAR))
+    return build.checks(FOLDER, ("faults", *CHECKS))
 
 
 def run(program, *arguments: str) -> tuple[int, str]:
@@ -73,14 +73,14 @@ def test_every_planted_fault_is_in_these_lists(programs):
 
 
 @pytest.mark.parametrize("sanitizer", build.SANITIZERS)
-@pytest.mark.parametrize("name", LINEAR)
-def test_the_linear_kernels_are_right_and_clean(programs, name, sanitizer):
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_kernels_are_right_and_clean(programs, name, sanitizer):
     status, text = run(programs[name, sanitizer])
     assert status == 0, text
 
 
 @pytest.mark.parametrize("sanitizer", ["plain", "address"])
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", CHECKS)
 def test_bad_arguments_of_the_c_interface_are_refused_in_words(programs, name, sanitizer):
     status, text = run(programs[name, sanitizer], "fuzz", "2000")
     assert status == 0, text

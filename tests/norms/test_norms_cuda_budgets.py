@@ -1,0 +1,77 @@
+"""The machine code of the compiled norms and of the prologue, for cards that are not here: registers, width of accesses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from budgets import assert_nothing_in_local_memory
+
+from gemma4_kernels.bench import sass, static
+
+_found = find_spec("gemma4_kernels._C")
+if _found is None or _found.origin is None:
+    pytest.skip("gemma4_kernels._C is not built", allow_module_level=True)
+if sass.cuobjdump() is None:
+    pytest.skip("cuobjdump is not installed", allow_module_level=True)
+MODULE = Path(_found.origin)
+
+# (kernel, type, numbers that tell its instances apart): the most registers of a thread.
+MOST_REGISTERS = {
+    # 1024 threads of a block must fit into 65536 registers; rows of up to 8192 numbers leave room for three blocks of 480.
+    **{("sandwich_norm", dtype, 1): 48 for dtype in ("Bf16", "Fp16", "Fp32")},
+    **{("sandwich_norm", dtype, 2): 64 for dtype in ("Bf16", "Fp16", "Fp32")},
+    # Eight blocks of four warps on a multiprocessor, enough to cover the latency of its memory.
+    **{("prologue", dtype, lanes): 64 for dtype in ("Bf16", "Fp16", "Fp32") for lanes in (16, 32)},
+}
+_KERNEL = re.compile(r"(sandwich_norm|prologue)_kernelIN\w*?(Bf16|Fp16|Fp32)ELi(\d+)E")
+
+
+def machine_code(architecture: str, folder: Path) -> list[bytes]:
+    """The cubins of the module's files that have one of these kernels."""
+    command = [sass.cuobjdump(), "-xelf", f"{architecture}.cubin", str(MODULE)]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    found = [path.read_bytes() for path in sorted(folder.glob("*.cubin"))]
+    return [cubin for cubin in found if b"sandwich_norm_kernel" in cubin or b"prologue_kernel" in cubin]
+
+
+@pytest.fixture(scope="module", params=static.ARCHITECTURES)
+def kernels(request, tmp_path_factory) -> dict[tuple, tuple[static.Reading, str]]:
+    """(kernel, type, number) -> its reading, and its instructions as text."""
+    found = {}
+    for cubin in machine_code(request.param, tmp_path_factory.mktemp(request.param)):
+        listings = sass.parse_listing(sass.disassemble(cubin))
+        for reading in static.read(static.CompiledKernel("norms", request.param, cubin)):
+            kernel, dtype, number = _KERNEL.search(reading.function).groups()
+            found[kernel, dtype, int(number)] = reading, "\n".join(map(str, listings[reading.function]))
+    if not found:
+        pytest.skip(f"the module has no machine code for {request.param}")
+    return found
+
+
+def test_every_kernel_is_there_and_keeps_to_its_registers(kernels):
+    assert kernels.keys() == MOST_REGISTERS.keys()
+    for name, (reading, _) in kernels.items():
+        assert_nothing_in_local_memory(str(name), reading)
+        assert reading.registers <= MOST_REGISTERS[name], f"{name}: {reading.registers} registers"
+        assert reading.static_shared_bytes == 0, name
+
+
+def test_rows_are_taken_16_bytes_at_a_time(kernels):
+    """Beside the loads one by one of rows that lie elsewhere. What a 16-bit thread has is twice as much in fp32."""
+    for (kernel, dtype, number), (_, text) in kernels.items():
+        times = 2 if dtype == "Fp32" else 1
+        # x and residual, in and hidden and normed, out of each eight; low and high halves of the head, cos and sin.
+        reads, writes = (2 * number, 2 * number) if kernel == "sandwich_norm" else (2 * 3, 2)
+        assert len(re.findall(r"\bLDG\.E\S*\.128", text)) >= reads * times, (kernel, dtype)
+        assert len(re.findall(r"\bSTG\.E\S*\.128", text)) >= writes * times, (kernel, dtype)
+
+
+def test_sums_of_squares_are_not_fused(kernels):
+    """Squares are rounded before they are added; what is fused belongs to divisions and square roots."""
+    for name, (_, text) in kernels.items():
+        squares = len(re.findall(r"\bFMUL\S*\s+(R\d+), (R\d+), \2\b", text))
+        assert squares >= 8, f"{name}: {squares} squares"
