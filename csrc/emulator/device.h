@@ -61,3 +61,16 @@ template <class T>
 inline T __ldg(const T* address) {
   return *address;
 }
+
+// Additions and the like that no compiler joins into one rounding; this side is compiled with -ffp-contract=off.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+
+// Relaxed, as on the device: order comes from barriers and fences. One block runs at a time, so a fence between blocks has
+// nothing to do.
+template <class Integer>
+inline Integer atomicAdd(Integer* address, Integer value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+inline void __threadfence() {}
