@@ -115,7 +115,7 @@ typedef enum gemma4_method { GEMMA4_MATCH = 0, GEMMA4_REJECTION = 1, GEMMA4_BLOC
  * each. Tokens do not depend on the batch, the strides or the device. Lengths and tokens out of range mean the nearest that is
  * possible, and no token. Pointers are to device memory, but for `ends`. */
 typedef struct gemma4_verify_arguments {
-  int64_t batch;        /* B, at most 65536 */
+  int64_t batch;        /* B */
   int64_t drafts_count; /* K, at most 4095 */
   int64_t vocabulary;   /* V, at most 2^24 */
   const void* logits;   /* (B, K + 1, V), rows dense, strides in elements */

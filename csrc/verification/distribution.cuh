@@ -5,24 +5,20 @@
 
 namespace gemma4::verification {
 
-template <class Element>
 struct Distribution {
   const Request& request;
-  const Row<Element>& row;
   float largest, total;
   int64_t first, last;
 
   // Of a row that its block has finished.
-  __device__ Distribution(const Parameters& p, const Where& at, const Request& of, const Row<Element>& logits)
-      : request(of), row(logits) {
+  __device__ Distribution(const Parameters& p, const Where& at, const Request& filters) : request(filters) {
     largest = float_of(int(made_of(p, at.request, at.row, kLargestScore)));
     total = from_fixed(made_of(p, at.request, at.row, kTotal));
     first = made_of(p, at.request, at.row, kFirst);
     last = made_of(p, at.request, at.row, kLast);
   }
 
-  __device__ __forceinline__ float of(float logit, int token) const {
-    const float score = request.score_of(logit);
+  __device__ __forceinline__ float of(float score, int token) const {
     const int64_t place = place_of(key_of(score), token);
     if (place < first || place >= last) return 0.0f;
     const float weight = weight_of(score, largest);

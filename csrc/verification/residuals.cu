@@ -70,7 +70,7 @@ __device__ void read_segment(const Parameters& p, int64_t request, const Request
                              int64_t* scratch) {
   Where at(p, unsigned(request * p.all_rows() + row)), drafter(p, unsigned(request * p.all_rows() + (p.drafter_rows > 0 ? p.rows : 0) + row));
   const Row<Element> p_row(p, at), q_row(p, drafter);
-  const Distribution<Element> target(p, at, filters, p_row), proposal(p, drafter, filters, q_row);
+  const Distribution target(p, at, filters), proposal(p, drafter, filters);
   const bool has_q = p.drafter_rows > 0;
   const int draft = draft_at(p, request, row, filters.count);
   const uint64_t position = filters.position + uint64_t(row);
@@ -79,16 +79,20 @@ __device__ void read_segment(const Parameters& p, int64_t request, const Request
   for (int i = 0; i < kGroupsOfThread; ++i) {
     const int first = segment * kSegment + (i * kThreads + int(threadIdx.x)) * kGroup;
     if (first >= p.vocabulary) break;
-    float p_logit[kGroup], q_logit[kGroup];
-    p_row.group(first, p_logit);
-    if (has_q) q_row.group(first, q_logit);
+    float p_score[kGroup], q_score[kGroup];
+    p_row.group(first, p_score);
+    filters.scores_of(p_score);
+    if (has_q) {
+      q_row.group(first, q_score);
+      filters.scores_of(q_score);
+    }
 #pragma unroll
     for (int j = 0; j < kGroup; ++j) {
       const int token = first + j;
       if (token >= p.vocabulary) continue;
-      const float share = target.of(p_logit[j], token);
+      const float share = target.of(p_score[j], token);
       if (!(share > 0.0f)) continue;  // neither a residual nor a chance
-      const float q = has_q ? proposal.of(q_logit[j], token) : token == draft ? 1.0f : 0.0f;
+      const float q = has_q ? proposal.of(q_score[j], token) : token == draft ? 1.0f : 0.0f;
       const float residual = fmaxf(minus(times(share, joint), q), 0.0f);
       const float wait = exponential_noise(word_of(token, filters.seed, position, kResidual));
       mass += fixed(residual);

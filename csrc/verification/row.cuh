@@ -1,6 +1,6 @@
 // What a logit becomes: a score, an integer that orders it, a mass; and how a row is read.
 //
-//   score   softcap(logit) / temperature, fp32; -inf for NaN, whose row is refused anyway
+//   score   softcap(logit) / temperature, fp32; what becomes of NaN does not matter, for its row is refused
 //   key     int32 in the order of scores, zeros of either sign alike
 //   place   (key + 2^31) * 2^24 + token: the ascending order in which top-k and top-p drop tokens, no two alike
 //   prize   (key + 2^31) * 2^24 + (2^24 - 1 - token): the largest has the largest score, and of these the lowest token
@@ -70,10 +70,21 @@ struct Request {
   }
 
   __device__ __forceinline__ float score_of(float logit) const {
-    if (softcap > 0.0f) logit = times(tanh_of(over(logit, softcap)), softcap);
-    if (divisor != 1.0f) logit = over(logit, divisor);
-    const float score = fminf(logit, kLargestNumber);
-    return logit == logit ? score : -infinity();
+    float scores[1] = {logit};
+    scores_of(scores);
+    return scores[0];
+  }
+
+  // In place, with each branch taken once for all.
+  template <int COUNT>
+  __device__ __forceinline__ void scores_of(float (&logits)[COUNT]) const {
+    if (softcap > 0.0f) {
+      for (float& logit : logits) logit = times(tanh_of(over(logit, softcap)), softcap);
+    }
+    if (divisor != 1.0f) {
+#pragma unroll
+      for (float& logit : logits) logit = fminf(over(logit, divisor), kLargestNumber);
+    }
   }
 
   // Lists hold the largest of such a request.

@@ -217,8 +217,8 @@ __global__ void __launch_bounds__(kRowThreads) rows_kernel(const Parameters p) {
         made[kLast] = is.last;
         made[kTotal] = is.total;
         if (!p.is_match() && draft >= 0) {
-          const Distribution<Element> distribution(p, at, request, row);
-          made[kProbability] = bits_of(distribution.of(distribution.row.logit(draft), draft));
+          const Distribution distribution(p, at, request);
+          made[kProbability] = bits_of(distribution.of(request.score_of(row.logit(draft)), draft));
         }
       }
     }

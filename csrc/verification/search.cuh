@@ -49,9 +49,10 @@ struct WholeRow {
     for (int first = int(threadIdx.x) * kGroup; first < row.vocabulary; first += kRowThreads * kGroup) {
       float logit[kGroup];
       row.group(first, logit);
+      request.scores_of(logit);
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
-        if (first + i < row.vocabulary) visit(place_of(key_of(request.score_of(logit[i])), first + i));
+        if (first + i < row.vocabulary) visit(place_of(key_of(logit[i]), first + i));
       }
     }
   }

@@ -40,9 +40,9 @@ __device__ __forceinline__ Best sample_of_tile(const TileTokens& tokens, const f
       for (int j = 0; j < 4; ++j) {
         const float mine = i == 0 ? score[four + j] : score[kGroup + four + j];
         const uint32_t word = words.word[j];
-        const bool can_win = first + four + j < vocabulary && mine + gumbel_bound(word) >= reach;
+        const bool can_win = mine + gumbel_bound(word) >= reach;
         if (ptx::warp_any(can_win)) {
-          if (can_win) best.take(key_of(plus(mine, gumbel_noise(word))), first + four + j);
+          if (can_win && first + four + j < vocabulary) best.take(key_of(plus(mine, gumbel_noise(word))), first + four + j);
           reach = score_of_key(ptx::warp_largest(best.key));
         }
       }
@@ -140,17 +140,23 @@ __global__ void __launch_bounds__(kTileThreads) tiles_kernel(const Parameters p)
   const TileTokens tokens(p, tile);
   float score[kTokensOfThread];
   load_tile(Row<Element>(p, at), tokens, score);
-  bool has_finite = false, has_bad = false;
-  Best largest;
+  float largest_logit = -infinity();
+  bool has_nan = false;
 #pragma unroll
   for (int i = 0; i < kTokensOfThread; ++i) {
-    has_bad |= !(score[i] < infinity());
-    has_finite |= score[i] > -infinity();
-    score[i] = request.score_of(score[i]);
-    if (tokens.token(i) < p.vocabulary) largest.take(key_of(score[i]), tokens.token(i));
+    has_nan |= score[i] != score[i];
+    largest_logit = fmaxf(largest_logit, score[i]);
   }
-  const int status = ptx::warp_largest(has_bad ? 2 : int(has_finite));
-  const int64_t largest_of_warp = best_of_warp(largest.key, largest.token);
+  const bool is_bad = has_nan || largest_logit == infinity();
+  const int status = ptx::warp_largest(is_bad ? 2 : int(largest_logit > -infinity()));
+  request.scores_of(score);
+  float largest = -infinity();
+  int first = tokens.first[0];  // of those that have it
+#pragma unroll
+  for (int i = 0; i < kTokensOfThread; ++i) largest = fmaxf(largest, score[i]);
+#pragma unroll
+  for (int i = kTokensOfThread - 1; i >= 0; --i) first = score[i] == largest ? tokens.token(i) : first;
+  const int64_t largest_of_warp = best_of_warp(tokens.first[0] < p.vocabulary ? key_of(largest) : kNoKey, first);
   const bool lists = request.samples && request.is_listed(p);
   const bool samples = request.samples && !lists && wants_sample(p, at, request.count);
   int64_t sample_of_warp = -1, floor = 0;
@@ -202,8 +208,9 @@ __global__ void __launch_bounds__(kTileThreads) survey_kernel(const Parameters p
   const int64_t sample = over_tiles<kTileThreads>(p, facts, kSample, Largest(), -1, shared.sample);
   const Row<Element> row(p, at);
   const TileTokens tokens(p, tile);
-  float logit[kTokensOfThread];
-  load_tile(row, tokens, logit);
+  float score[kTokensOfThread];
+  load_tile(row, tokens, score);
+  request.scores_of(score);
   const Survey survey(p, row, request, score_of_key(key_in(largest)), token_of_prize(sample));
   if (threadIdx.x == 0) shared.listed = 0;
   __syncthreads();
@@ -211,8 +218,7 @@ __global__ void __launch_bounds__(kTileThreads) survey_kernel(const Parameters p
 #pragma unroll
   for (int i = 0; i < kTokensOfThread; ++i) {
     if (tokens.token(i) >= p.vocabulary) continue;
-    const float score = request.score_of(logit[i]);
-    const int64_t place = place_of(key_of(score), tokens.token(i)), mass = survey.mass(score);
+    const int64_t place = place_of(key_of(score[i]), tokens.token(i)), mass = survey.mass(score[i]);
     whole += mass;
     if (place < survey.base) {
       below += mass;

@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t kMostVocabulary = int64_t(1) << 24;  // sums of masses fit into 64 bits, tokens into a place
 constexpr int64_t kMostBlocks = INT32_MAX;             // of a launch
 constexpr int64_t kMostStride = int64_t(1) << 40;      // times a number of rows it is no overflow
-constexpr int64_t kMostBatch = 65536, kMostDrafts = 4095;
+constexpr int64_t kMostBatch = INT32_MAX, kMostDrafts = 4095;
 
 constexpr Checks kChecks{"gemma4_verify"};
 

@@ -36,7 +36,7 @@ CAUGHT = [
 
 @pytest.fixture(scope="module")
 def programs():
-    return build.checks(FOLDER, ("faults", "linear_check"))
+    return build.checks(FOLDER, ("faults", "linear_check", "verification_check"))
 
 
 def run(program, *arguments: str) -> tuple[int, str]:
@@ -80,4 +80,16 @@ def test_the_linear_kernels_are_right_and_clean(programs, sanitizer):
 @pytest.mark.parametrize("sanitizer", ["plain", "address"])
 def test_bad_arguments_of_the_c_interface_are_refused_in_words(programs, sanitizer):
     status, text = run(programs["linear_check", sanitizer], "fuzz", "3000")
+    assert status == 0, text
+
+
+@pytest.mark.parametrize("sanitizer", build.SANITIZERS)
+def test_the_verification_kernels_are_right_and_clean(programs, sanitizer):
+    status, text = run(programs["verification_check", sanitizer])
+    assert status == 0, text
+
+
+@pytest.mark.parametrize("sanitizer", ["plain", "address"])
+def test_bad_arguments_of_verification_are_refused_in_words(programs, sanitizer):
+    status, text = run(programs["verification_check", sanitizer], "fuzz", "2000")
     assert status == 0, text
