@@ -59,6 +59,7 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
 }
 template <class T>
 inline T __ldg(const T* address) {
+  if (reinterpret_cast<uintptr_t>(address) % alignof(T) != 0) emulator::fail("a load whose address is no multiple of its bytes");
   return *address;
 }
 

@@ -115,8 +115,8 @@ __device__ __forceinline__ float uniform_of(uint32_t word) { return times(float(
 
 // -ln(1 - v), v = (word + 1/2) / 2^32: one conversion, one logarithm.
 //
-// Above v = 1/4 it comes from 1 - v = (2 u + 1) / 2^33 with u = 2^32 - 1 - word. Where 2 u + 1 has more than 31 bits, u | 1 is its
-// half rounded to whole, and rounds to the same fp32: neither is a tie, and they lie on one side of all ties.
+// Above v = 1/4 it comes from 1 - v = (2 u + 1) / 2^33 with u = 2^32 - 1 - word. Where 2 u + 1 has more than 31 bits, u | 1 is
+// its half rounded to whole, and rounds to the same fp32: neither is a tie, and they lie on one side of all ties.
 __device__ __forceinline__ float exponential_noise(uint32_t word) {
   const uint32_t rest = ~word;  // u
   const bool is_near = word < 1u << 30, is_short = rest < 1u << 30;

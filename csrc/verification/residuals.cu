@@ -1,9 +1,10 @@
 // The end of verification by "rejection" and by "block": max(joint p - q, 0) of the rows that need it, by many blocks, of which
 // the last of a request decides and emits.
 //
-// Rejection goes on while u q(draft) < p(draft). Block verification (Sun et al. 2024, algorithm 2) looks at all rows that its joint
-// probability reaches, and keeps the longest block that is accepted. Either ends in one row that says the last token: a sample of p
-// where that row has no draft, else the largest (joint p - q) / E over the tokens, or the largest p / E if joint p is nowhere above q.
+// Rejection goes on while u q(draft) < p(draft). Block verification (Sun et al. 2024, algorithm 2) looks at all rows that its
+// joint probability reaches, and keeps the longest block that is accepted. Either ends in one row that says the last token: a
+// sample of p where that row has no draft, else the largest (joint p - q) / E over the tokens, or the largest p / E if joint p
+// is nowhere above q.
 #include "distribution.cuh"
 #include "outcome.cuh"
 
@@ -33,7 +34,9 @@ struct Walk {
   __device__ int draft() const { return draft_at(p, request, row, filters.count); }
   __device__ float target() const { return probability_at(p, request, row); }
   __device__ float drafter() const { return p.drafter_rows > 0 ? probability_at(p, request, p.rows + row) : 1.0f; }
-  __device__ float decision(int of_row) const { return uniform_of(word_of(0, filters.seed, filters.position + uint64_t(of_row), kAcceptance)); }
+  __device__ float decision(int of_row) const {
+    return uniform_of(word_of(0, filters.seed, filters.position + uint64_t(of_row), kAcceptance));
+  }
 
   // By rejection: whether the draft of the row stays.
   __device__ bool accepts() const { return draft() >= 0 && times(decision(row), drafter()) < target(); }
@@ -68,7 +71,9 @@ __device__ int64_t* residuals_of(const Parameters& p, int64_t request, int row) 
 template <class Element>
 __device__ void read_segment(const Parameters& p, int64_t request, const Request& filters, int row, int segment, float joint,
                              int64_t* scratch) {
-  Where at(p, unsigned(request * p.all_rows() + row)), drafter(p, unsigned(request * p.all_rows() + (p.drafter_rows > 0 ? p.rows : 0) + row));
+  // Without the drafter's logits its row is the target's again, and not looked at.
+  const auto first = unsigned(request * p.all_rows() + row);
+  const Where at(p, first), drafter(p, first + (p.drafter_rows > 0 ? unsigned(p.rows) : 0));
   const Row<Element> p_row(p, at), q_row(p, drafter);
   const Distribution target(p, at, filters), proposal(p, drafter, filters);
   const bool has_q = p.drafter_rows > 0;
@@ -133,7 +138,8 @@ struct End {
 __device__ End reject(Walk walk) {
   while (walk.accepts()) ++walk.row;
   const bool has_draft = walk.draft() >= 0;
-  return {walk.row, has_draft ? Residual(walk.p, walk.request, walk.row).token : made_of(walk.p, walk.request, walk.row, kToken)};
+  if (!has_draft) return {walk.row, made_of(walk.p, walk.request, walk.row, kToken)};
+  return {walk.row, Residual(walk.p, walk.request, walk.row).token};
 }
 
 __device__ End block(Walk walk) {

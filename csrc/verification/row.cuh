@@ -24,12 +24,15 @@ __device__ __forceinline__ float infinity() { return __uint_as_float(0x7F800000u
 __device__ __forceinline__ int ordered(int bits) { return bits ^ ((bits >> 31) & 0x7FFFFFFF); }
 __device__ __forceinline__ int key_of(float score) { return ordered(bits_of(score == 0.0f ? 0.0f : score)); }
 __device__ __forceinline__ float score_of_key(int key) { return float_of(ordered(key)); }
-__device__ __forceinline__ int64_t place_of(int key, int token) { return (int64_t(key) + (int64_t(1) << 31)) << kTokenBits | token; }
+__device__ __forceinline__ int64_t place_of(int key, int token) {
+  return (int64_t(key) + (int64_t(1) << 31)) << kTokenBits | token;
+}
 __device__ __forceinline__ int64_t prize_of(int key, int token) { return place_of(key, token ^ kLastToken); }
 __device__ __forceinline__ int key_in(int64_t place) { return int((place >> kTokenBits) - (int64_t(1) << 31)); }
 __device__ __forceinline__ int token_of_place(int64_t place) { return int(place & kLastToken); }
 __device__ __forceinline__ int token_of_prize(int64_t prize) { return int(prize & kLastToken) ^ kLastToken; }
-__device__ __forceinline__ int64_t level_of(int64_t place) { return place >> kTokenBits << kTokenBits; }  // the first of its key
+// The first place of the same key.
+__device__ __forceinline__ int64_t level_of(int64_t place) { return place >> kTokenBits << kTokenBits; }
 
 __device__ __forceinline__ int64_t fixed(float x) { return int64_t(times(x, 274877906944.0f)); }
 __device__ __forceinline__ float from_fixed(int64_t mass) { return times(float(mass), float(1.0 / 274877906944.0)); }
@@ -178,9 +181,9 @@ struct Row {
   }
 };
 
-// The question that decides a sampled row with one filter: how much lies up to the sample? Of top-k the places from `base` on have
-// a larger score, for all that tie with the sample stay; of top-p they come behind it. If the filter removes the sample, what
-// survives is among them.
+// The question that decides a sampled row with one filter: how much lies up to the sample? Of top-k the places from `base` on
+// have a larger score, for all that tie with the sample stay; of top-p they come behind it. If the filter removes the sample,
+// what survives is among them.
 struct Survey {
   int64_t sample_place, base;
   float largest, sample_score;
@@ -214,7 +217,8 @@ struct Sum {
   __device__ int64_t operator()(int64_t a, int64_t b) const { return a + b; }
 };
 
-// Over all threads of a block, for all of them; `scratch` has a place for each warp. Whole numbers: no order changes the result.
+// Over all threads of a block, for all of them; `scratch` has a place for each warp. Whole numbers: no order changes the
+// result.
 template <int THREADS, class Combine>
 __device__ int64_t over_block(int64_t value, Combine combine, int64_t* scratch) {
 #pragma unroll
@@ -230,7 +234,8 @@ __device__ int64_t over_block(int64_t value, Combine combine, int64_t* scratch) 
 
 // Of a row's facts of one kind, over its tiles.
 template <int THREADS, class Combine>
-__device__ int64_t over_tiles(const Parameters& p, const int64_t* facts, Fact fact, Combine combine, int64_t none, int64_t* scratch) {
+__device__ int64_t over_tiles(const Parameters& p, const int64_t* facts, Fact fact, Combine combine, int64_t none,
+                              int64_t* scratch) {
   int64_t value = none;
   for (int tile = threadIdx.x; tile < p.tiles; tile += THREADS) value = combine(value, facts[fact * p.tiles + tile]);
   return over_block<THREADS>(value, combine, scratch);

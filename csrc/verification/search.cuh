@@ -1,6 +1,6 @@
-// The lowest place whose cumulative mass, ascending, exceeds a limit: the boundary of top-p, and with a mass of one for each token
-// that of top-k. Digit by digit from above: the masses of 128 bins are summed, and the bin that the limit falls into is the next
-// digit. Masses are whole numbers, so no order of sums changes a boundary.
+// The lowest place whose cumulative mass, ascending, exceeds a limit: the boundary of top-p, and with a mass of one for each
+// token that of top-k. Digit by digit from above: the masses of 128 bins are summed, and the bin that the limit falls into is
+// the next digit. Masses are whole numbers, so no order of sums changes a boundary.
 #pragma once
 
 #include "row.cuh"
@@ -59,15 +59,15 @@ struct WholeRow {
 };
 
 // `mass` is of a place; `limit` of the total, `before` included, which is below the places here. `drop` is kTokenBits where all
-// places of a key go together. `same` bits at the top are those of `sample` in all places. Called by whole blocks.
+// places of a key go together. All places have the bits of `one` of them above the lowest `differing`. Called by whole blocks.
 template <class Places, class Mass, class Limit>
-__device__ int64_t search(const Places& places, int drop, int64_t before, Mass mass, Limit limit, int64_t sample, int differing) {
+__device__ int64_t search(const Places& places, int drop, int64_t before, Mass mass, Limit limit, int64_t one, int differing) {
   RowShared& shared = places.shared;
   int64_t* const bins = places.bins();
   const int lane = int(threadIdx.x % 32);
   int shift = 0;
   while (shift + kDigitBits < differing - drop) shift += kDigitBits;
-  int64_t found = sample >> drop >> (shift + kDigitBits) << kDigitBits, most = -1;  // digits so far, and room for one
+  int64_t found = one >> drop >> (shift + kDigitBits) << kDigitBits, most = -1;  // digits so far, and room for one
   for (;; shift -= kDigitBits) {
     __syncthreads();  // the places are there, and nobody needs the last digit any more
     for (int i = int(threadIdx.x); i < kBins * Places::kReplicas; i += kRowThreads) bins[i] = 0;
@@ -77,7 +77,8 @@ __device__ int64_t search(const Places& places, int drop, int64_t before, Mass m
       if ((digits ^ found) >> kDigitBits != 0) return;
       const int64_t its_mass = mass(place);
       const int bin = int(digits & (kBins - 1)) * Places::kReplicas + lane % Places::kReplicas;
-      if (its_mass != 0) atomicAdd(reinterpret_cast<unsigned long long*>(bins + bin), static_cast<unsigned long long>(its_mass));
+      if (its_mass == 0) return;
+      atomicAdd(reinterpret_cast<unsigned long long*>(bins + bin), static_cast<unsigned long long>(its_mass));
     });
     __syncthreads();
     if (threadIdx.x < 32) {

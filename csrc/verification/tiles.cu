@@ -1,7 +1,7 @@
 // The pass over the logits: what a tile of the vocabulary has to say of its row, from one read.
 //
-// Where no filter takes the sample from it, a row is then finished: see rows.cu. A request with 0 < top_k <= 512 gets a list from
-// each tile instead of noise.
+// Where no filter takes the sample from it, a row is then finished: see rows.cu. A request with 0 < top_k <= 512 gets a list
+// from each tile instead of noise.
 #include "tiles.cuh"
 
 namespace gemma4::verification {
@@ -66,7 +66,8 @@ __device__ __forceinline__ int sum_of_tile(int value, int turn, TileShared& shar
 }
 
 // Writes the list of a tile and returns its floor: every token is in it whose key reaches the floor, and the floor is as low as
-// the list has room, or nearly, found by bisection. Ties longer than a list stay out of it and raise the floor above themselves.
+// the list has room, or nearly, found by bisection. Ties longer than a list stay out of it and raise the floor above
+// themselves.
 __device__ int64_t list_largest(const int (&key)[kTokensOfThread], const TileTokens& tokens, int64_t* list, int length,
                                 TileShared& shared) {
   int largest = key[0];
@@ -192,8 +193,8 @@ __global__ void __launch_bounds__(kTileThreads) tiles_kernel(const Parameters p)
   facts[kFloor * p.tiles] = floor;
 }
 
-// Behind it, by match: of a row whose sample one filter, top-p or a large top_k, may remove, what decides whether it does. A read
-// by many blocks, where a block that finishes a row would read it alone. Grid (TILES * ALL_ROWS * B).
+// Behind it, by match: of a row whose sample one filter, top-p or a large top_k, may remove, what decides whether it does. A
+// read by many blocks, where a block that finishes a row would read it alone. Grid (TILES * ALL_ROWS * B).
 template <class Element>
 __global__ void __launch_bounds__(kTileThreads) survey_kernel(const Parameters p) {
   const int tile = int(blockIdx.x % unsigned(p.tiles));

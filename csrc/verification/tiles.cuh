@@ -1,8 +1,8 @@
 // A tile of a row: 2048 tokens, 16 of each of 128 threads.
 //
-// A tile is not one stretch of the vocabulary but every TILES-th chunk of 128 tokens (256 bytes or more: whole lines of a cache):
-// vocabularies are sorted by how common a token is, so the largest logits of a row stand close together, and would crowd the
-// lists of a few tiles. Gemma's vocabulary is 128 tiles, so that even one row fills a card.
+// A tile is not one stretch of the vocabulary but every TILES-th chunk of 128 tokens (256 bytes or more: whole lines of a
+// cache): vocabularies are sorted by how common a token is, so the largest logits of a row stand close together, and would
+// crowd the lists of a few tiles. Gemma's vocabulary is 128 tiles, so that even one row fills a card.
 #pragma once
 
 #include "row.cuh"

@@ -22,7 +22,8 @@ namespace gemma4::verification {
 // the sample and of all, and how many places lie above the sample; these are listed, as far as there is room.
 enum Fact { kStatus, kLargest, kSample, kFloor, kBelow, kWhole, kAbove, kFacts };
 // USABLE: whether the row has a distribution. TOKEN: its sample, where one was wanted; else the distribution: bits of the
-// LARGEST score, FIRST place of the survivors and the place behind them, their TOTAL mass, and bits of a PROBABILITY, the draft's.
+// LARGEST score, FIRST place of the survivors and the place behind them, their TOTAL mass, and bits of a PROBABILITY, the
+// draft's.
 enum Made { kUsable, kToken, kLargestScore, kFirst, kLast, kTotal, kProbability, kMade };
 // Of max(joint p - q, 0): its mass and the prize of its sample; the prize of the sample of p.
 enum ResidualFact { kMass, kResidualPrize, kTargetPrize, kResiduals };

@@ -4,7 +4,8 @@
 //   verification_check fuzz N    N calls with arguments out of order: a status and a message, and nothing written
 //
 // Every buffer is a heap block of exactly its size, so AddressSanitizer sees the first byte beyond. Scores and noise are the
-// kernels' own functions, which tests in Python hold to the bits of the eager backend; what is independent here is all around them.
+// kernels' own functions, which tests in Python hold to the bits of the eager backend; what is independent here is all around
+// them.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -48,7 +49,8 @@ struct LogitsBlock {
       // Eighths, so that some are equal.
       const float value = std::round(float(shape.scale) * normal(random) * 8) / 8;
       const uint16_t half = dtype == GEMMA4_BF16 ? emulator::float_to_bf16(value) : emulator::float_to_fp16(value);
-      std::memcpy(bytes.data() + i * bytes_of(dtype), dtype == GEMMA4_FP32 ? static_cast<const void*>(&value) : &half, size_t(bytes_of(dtype)));
+      const void* number = dtype == GEMMA4_FP32 ? static_cast<const void*>(&value) : &half;
+      std::memcpy(bytes.data() + i * bytes_of(dtype), number, size_t(bytes_of(dtype)));
     }
   }
   float at(int64_t row, int64_t token) const {
@@ -77,7 +79,10 @@ struct Call {
   gemma4_verify_arguments arguments{};
 
   Call(const Shape& s, unsigned seed)
-      : shape(s), random(seed), logits(s.batch * (s.drafts + 1), s, random), draft_logits(s.told ? s.batch * s.drafts : 0, s, random) {
+      : shape(s),
+        random(seed),
+        logits(s.batch * (s.drafts + 1), s, random),
+        draft_logits(s.told ? s.batch * s.drafts : 0, s, random) {
     const auto one_of = [this](auto... values) {
       const double all[] = {double(values)...};
       return all[random() % std::size(all)];
@@ -386,7 +391,8 @@ int fuzz(int count) {
   std::mt19937 random(7);
   for (int i = 0; i < count; ++i) {
     const auto drafts = int64_t(1 + random() % 2);
-    Call call({int64_t(1 + random() % 2), drafts, int64_t(1 + random() % 40), int(random() % 3), int(1 + random() % 2), true, 0, 1}, unsigned(i));
+    const auto batch = int64_t(1 + random() % 2), vocabulary = int64_t(1 + random() % 40);
+    Call call({batch, drafts, vocabulary, int(random() % 3), int(1 + random() % 2), true, 0, 1}, unsigned(i));
     size_t wanted = 0;
     if (gemma4_verify_workspace(&call.arguments, &wanted) != GEMMA4_OK || wanted == 0) return 1;
     std::vector<int64_t> workspace(wanted / 8 + 1);
