@@ -32,8 +32,11 @@ KERNELS = (
     "linear/decode_offsets_bf16.cu", "linear/decode_offsets_fp16.cu",
     "linear/decode_table_bf16.cu", "linear/decode_table_fp16.cu", "linear/decode_wide_bf16.cu", "linear/decode_wide_fp16.cu",
     "norms/sandwich_norm.cu", "attention/prologue.cu",
+    "verification/verification.cu", "verification/tiles.cu", "verification/rows.cu", "verification/residuals.cu",
 )  # fmt: skip
-BINDINGS = ("bindings/module.cpp", "bindings/linear.cpp", "bindings/norms.cpp", "bindings/prologue.cpp")
+BINDINGS = (
+    "bindings/module.cpp", "bindings/linear.cpp", "bindings/norms.cpp", "bindings/prologue.cpp", "bindings/verification.cpp",
+)  # fmt: skip
 EMULATOR = ("emulator/fiber.cpp", "emulator/runtime.cpp", "emulator/collectives.cpp", "emulator/counts.cpp")
 ARCHITECTURES = ("80", "86", "89", "90", "120")
 # The oldest machine code serves cards of its own major version only; newer ones (sm_100, and what comes) compile this PTX.

@@ -62,5 +62,6 @@ void define_call(py::module_& module, const char* name, gemma4_status (*run)(con
 void define_linear(py::module_& module);
 void define_norms(py::module_& module);
 void define_prologue(py::module_& module);
+void define_verification(py::module_& module);
 
 }  // namespace gemma4::bindings

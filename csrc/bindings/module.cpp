@@ -6,6 +6,7 @@ PYBIND11_MODULE(GEMMA4_MODULE, module) {
   gemma4::bindings::define_linear(module);
   gemma4::bindings::define_norms(module);
   gemma4::bindings::define_prologue(module);
+  gemma4::bindings::define_verification(module);
   module.def("abi_version", &gemma4_abi_version);
   module.def("architectures", &gemma4_architectures);
   module.def("driver_problem", []() -> py::object {

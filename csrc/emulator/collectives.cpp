@@ -53,6 +53,18 @@ uint32_t shuffle(uint32_t value, int source_lane, int line) {
   return all[source_lane % kWarp];
 }
 
+int reduce(Reduction reduction, int value, int line) {
+  const auto* all = static_cast<const int*>(meet("redux", line, &value, sizeof value));
+  int result = all[0];
+  for (int lane = 1; lane < kWarp; ++lane) {
+    const int other = all[lane];
+    if (reduction == kSum) result = int(uint32_t(result) + uint32_t(other));
+    if (reduction == kLargest && other > result) result = other;
+    if (reduction == kSmallest && other < result) result = other;
+  }
+  return result;
+}
+
 void distribute_matrices(const uint32_t row[4], uint32_t out[4], int line) {
   const auto* rows = static_cast<const uint32_t*>(meet("ldmatrix", line, row, 16));
   for (int matrix = 0; matrix < 4; ++matrix) out[matrix] = rows[(8 * matrix + lane() / 4) * 4 + lane() % 4];

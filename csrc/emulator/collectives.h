@@ -10,6 +10,10 @@ namespace emulator {
 // shfl.sync.idx and .bfly ("Data Movement and Conversion Instructions: shfl.sync"), all lanes taking part.
 uint32_t shuffle(uint32_t value, int source_lane, int line);
 
+// redux.sync of 32-bit integers, all lanes taking part; sums wrap.
+enum Reduction { kLargest, kSmallest, kSum };
+int reduce(Reduction reduction, int value, int line);
+
 // ldmatrix.x4 of 8 x 8 16-bit elements ("Warp-level matrix load instruction: ldmatrix"): lane 8 i + r has brought row r (16 bytes)
 // of matrix i; lane l gets elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each matrix.
 void distribute_matrices(const uint32_t row[4], uint32_t out[4], int line);

@@ -95,5 +95,19 @@ inline float __shfl_xor_sync(uint32_t, float value, int lane_mask, int line = __
 
 template <class T>
 inline T __ldg(const T* address) {
+  if (reinterpret_cast<uintptr_t>(address) % alignof(T) != 0) emulator::fail("a load whose address is no multiple of its bytes");
   return *address;
 }
+
+// Additions and the like that no compiler joins into one rounding; this side is compiled with -ffp-contract=off.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+
+// Relaxed, as on the device: order comes from barriers and fences. One block runs at a time, so a fence between blocks has
+// nothing to do.
+template <class Integer>
+inline Integer atomicAdd(Integer* address, Integer value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+inline void __threadfence() {}

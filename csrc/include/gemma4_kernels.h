@@ -245,6 +245,53 @@ GEMMA4_API gemma4_status gemma4_linear_geglu(const gemma4_linear_geglu_arguments
 GEMMA4_API gemma4_status gemma4_linear_argmax_workspace(const gemma4_linear_argmax_arguments* arguments, size_t* bytes);
 GEMMA4_API gemma4_status gemma4_linear_argmax(const gemma4_linear_argmax_arguments* arguments, void* workspace,
                                               size_t workspace_bytes, gemma4_stream stream);
+/* Verification ------------------------------------------------------------------------------------------------------ */
+
+/* How drafts are accepted; docs/mtp.md has the methods, the filters and the noise. */
+typedef enum gemma4_method { GEMMA4_MATCH = 0, GEMMA4_REJECTION = 1, GEMMA4_BLOCK = 2 } gemma4_method;
+
+/* From the target's logits over a bonus token and K drafts to the tokens that each of B requests emits; with K = 0 a sample for
+ * each. Tokens do not depend on the batch, the strides or the device. Lengths and tokens out of range mean the nearest that is
+ * possible, and no token. Pointers are to device memory, but for `ends`. */
+typedef struct gemma4_verify_arguments {
+  int64_t batch;        /* B */
+  int64_t drafts_count; /* K, at most 4095 */
+  int64_t vocabulary;   /* V, at most 2^24 */
+  const void* logits;   /* (B, K + 1, V), rows dense, strides in elements */
+  int64_t stride_batch;
+  int64_t stride_row;
+  const void* draft_logits; /* (B, K, V), of the same dtype, for rejection and block; or null */
+  int64_t draft_stride_batch;
+  int64_t draft_stride_row;
+  const int64_t* draft_tokens;   /* (B, K) */
+  const int64_t* num_drafts;     /* (B), or null for K each */
+  const int64_t* max_new_tokens; /* (B), or null */
+  const float* temperature;      /* (B); 0 is greedy */
+  const int64_t* top_k;          /* (B); 0 for all */
+  const float* cut;              /* (B); 1 - top_p */
+  const float* min_p;            /* (B) */
+  const float* softcap;          /* (B); 0 for none */
+  const int64_t* seeds;          /* (B); the key of the noise */
+  const int64_t* positions;      /* (B); of the token that row 0 predicts */
+  const int64_t* ends;           /* host memory: tokens that end a text */
+  int64_t* tokens;               /* out (B, K + 1), -1 behind what is emitted */
+  int64_t* num_accepted;         /* out (B) */
+  int64_t* next_token;           /* out (B); -1 if nothing was emitted */
+  int64_t* num_emitted;          /* out (B) */
+  int64_t* hidden_row;           /* out (B); the row that next_token comes from */
+  uint8_t* finished;             /* out (B); 0 or 1: next_token ends the text */
+  uint8_t* refused;              /* out (B); 0 or 1: a row that matters has no distribution; nothing is emitted */
+  int32_t dtype;                 /* of logits and draft_logits: gemma4_dtype */
+  int32_t method;                /* gemma4_method */
+  int32_t stream;                /* of the noise, 0 for samples of the target, 3 for a drafter's own */
+  int32_t ends_count;            /* at most 64 */
+} gemma4_verify_arguments;
+
+/* Bytes that gemma4_verify wants of a 16-byte aligned workspace. */
+GEMMA4_API gemma4_status gemma4_verify_workspace(const gemma4_verify_arguments* arguments, size_t* bytes);
+
+GEMMA4_API gemma4_status gemma4_verify(const gemma4_verify_arguments* arguments, void* workspace, size_t workspace_bytes,
+                                       gemma4_stream stream);
 
 #ifdef __cplusplus
 }

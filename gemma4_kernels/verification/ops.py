@@ -13,8 +13,10 @@ from torch import Tensor
 
 from gemma4_kernels import backends, checks
 from gemma4_kernels.backends import Call, Implementation
+from gemma4_kernels.cuda_common import support as cuda_support
 from gemma4_kernels.op_support import fp32_sums, refuse_backward
 from gemma4_kernels.triton_common import support
+from gemma4_kernels.verification import cuda
 
 METHODS = ("match", "rejection", "block")
 LARGEST_VOCABULARY = 2**24
@@ -31,14 +33,18 @@ SCHEMA = (
 
 FP64_DRAFTER = "draft_logits in fp64"
 """A feature: the other dtypes are scored in fp32."""
+MANY_ENDS = f"more than {cuda.MOST_ENDS} eos_token_ids"
+"""A feature: the compiled kernels have room for so many."""
 
 
 def describe(logits: Tensor, draft_tokens: Tensor, num_drafts: Tensor | None, *rest: Any) -> Call:
-    *_, draft_logits, _max_new_tokens, _eos_token_ids, method, _stream = rest
+    *_, draft_logits, _max_new_tokens, eos_token_ids, method, _stream = rest
     drafts = draft_tokens.shape[1]
     features = {method}
     if draft_logits is not None and draft_logits.dtype == torch.float64:
         features.add(FP64_DRAFTER)
+    if len(eos_token_ids) > cuda.MOST_ENDS:
+        features.add(MANY_ENDS)
     return Call(
         op="verify_drafts",
         device_type=logits.device.type,
@@ -114,11 +120,22 @@ backends.register(
         backend="eager",
         entry="gemma4_kernels.verification.eager:verify_drafts",
         dtypes=frozenset(checks.FLOATS),
-        features=frozenset({*METHODS, FP64_DRAFTER}),
+        features=frozenset({*METHODS, FP64_DRAFTER, MANY_ENDS}),
     )
 )
 backends.register(
     support.implementation(
-        "verify_drafts", "gemma4_kernels.verification.triton.backend:verify_drafts", frozenset(METHODS)
+        "verify_drafts", "gemma4_kernels.verification.triton.backend:verify_drafts", frozenset({*METHODS, MANY_ENDS})
+    )
+)
+backends.register(
+    Implementation(
+        op="verify_drafts",
+        backend="cuda",
+        entry="gemma4_kernels.verification.cuda:verify_drafts",
+        dtypes=frozenset(cuda_support.DTYPE_CODES),
+        features=frozenset(METHODS),
+        refuses=cuda_support.refuses,
+        only_by_name=cuda_support.only_by_name,
     )
 )

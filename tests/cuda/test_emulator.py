@@ -14,7 +14,7 @@ RIGHT = (
     "barrier", "warp-barrier", "copy", "ring", "divergence", "collective", "global", "shared", "global-copy", "fragments",
     "matrices",
 )  # fmt: skip
-CHECKS = ("linear_check", "linear_fused_check", "norms_check")
+CHECKS = ("linear_check", "linear_fused_check", "norms_check", "verification_check")
 # (kernel, build that catches it, what it says)
 CAUGHT = [
     ("barrier-missing", "thread", "data race"),
@@ -83,4 +83,16 @@ def test_the_kernels_are_right_and_clean(programs, name, sanitizer):
 @pytest.mark.parametrize("name", CHECKS)
 def test_bad_arguments_of_the_c_interface_are_refused_in_words(programs, name, sanitizer):
     status, text = run(programs[name, sanitizer], "fuzz", "2000")
+    assert status == 0, text
+
+
+@pytest.mark.parametrize("sanitizer", build.SANITIZERS)
+def test_the_verification_kernels_are_right_and_clean(programs, sanitizer):
+    status, text = run(programs["verification_check", sanitizer])
+    assert status == 0, text
+
+
+@pytest.mark.parametrize("sanitizer", ["plain", "address"])
+def test_bad_arguments_of_verification_are_refused_in_words(programs, sanitizer):
+    status, text = run(programs["verification_check", sanitizer], "fuzz", "2000")
     assert status == 0, text

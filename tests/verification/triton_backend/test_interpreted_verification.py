@@ -6,7 +6,18 @@ import math
 
 import pytest
 import torch
-from verification_helpers import assert_same, each, on_triton, planned, randn, small_programs
+from verification_helpers import (
+    FILTERS,
+    assert_same,
+    each,
+    on_triton,
+    planned,
+    randn,
+    rows_of_logits,
+    sampled_drafts,
+    small_programs,
+    wanting,
+)
 
 from gemma4_kernels import BackendError, environment, explain, sample_tokens, use_backend, verify_drafts
 from gemma4_kernels.bench.guards import same_bits
@@ -22,22 +33,6 @@ import triton.language as tl
 from gemma4_kernels.verification.triton import backend, tables
 from gemma4_kernels.verification.triton import portable_math as triton_math
 
-# One for each request of a batch: together they meet every path of a row.
-FILTERS = [
-    {},
-    {"temperature": 0.0},
-    {"temperature": 0.6},
-    {"top_k": 1},
-    {"top_k": 5},
-    {"top_k": 65, "temperature": 3.0},
-    {"top_p": 0.7},
-    {"top_p": 0.05, "temperature": 2.0},
-    {"min_p": 0.1, "temperature": 2.0},
-    {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
-    {"softcap": 4.0, "top_k": 64, "top_p": 0.95},
-    {"top_k": 150, "top_p": 0.8, "temperature": 1.5},
-    {"top_k": 100000, "top_p": 0.0},
-]
 INF = math.inf
 
 
@@ -114,25 +109,9 @@ def test_words_are_those_of_the_eager_backend(seed, position, stream):
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def rows_of_logits():
-    rng = torch.Generator().manual_seed(0)
-    count, size = len(FILTERS), 300
-    random = randn(count, size)
-    yield "random", random
-    yield "ties", random.round()
-    yield "bf16", random.bfloat16()
-    yield "all equal", torch.full((count, size), 1.25)
-    one = torch.full((count, size), -INF)
-    one[torch.arange(count), torch.arange(count) * 29 % size] = 3.0
-    yield "one finite", one
-    yield "many -inf", random.masked_fill(torch.rand(count, size, generator=rng) < 0.9, -INF)
-    yield "far apart", random * 1000
-    yield "two levels", torch.where(torch.rand(count, size, generator=rng) < 0.1, 2.0, -1.0)
-    yield "zeros of both signs", torch.where(torch.rand(count, size, generator=rng) < 0.5, 0.0, -0.0)
-    yield "a peak", torch.where(torch.arange(size) == 77, 20.0, random)
-
-
-@pytest.mark.parametrize(("name", "logits"), list(rows_of_logits()), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("name", "logits"), list(rows_of_logits(len(FILTERS), 300)), ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_mixed_requests_sample_what_the_eager_backend_samples(name, logits):
     assert_same(logits, seeds=torch.arange(len(logits)), positions=2**33 + 1, **each(*FILTERS))
 
@@ -261,10 +240,6 @@ def test_drafts_are_kept_while_they_are_the_samples():
     assert all(torch.equal(a, b) for a, b in zip(on_triton(arguments), expected, strict=True))
 
 
-def wanting(*tokens, size=10):
-    return torch.nn.functional.one_hot(torch.tensor([tokens]), size).float()
-
-
 @pytest.mark.parametrize("method", ["match", "rejection", "block"])
 def test_ends_of_text_and_budgets(method):
     logits = wanting(1, 2, 9, 4).expand(7, -1, -1)
@@ -328,15 +303,6 @@ def test_tokens_do_not_depend_on_the_batch(method):
 # Rejection and block --------------------------------------------------------------------------------------------------
 
 
-def drawn(draft_logits, seeds, **settings):
-    """(B, K) sampled from draft_logits, as a drafter does."""
-    rows = [
-        sample_tokens(draft_logits[:, row].float(), seeds=seeds, positions=5 + row, stream="draft", **settings)
-        for row in range(draft_logits.shape[1])
-    ]
-    return torch.stack(rows, dim=1)
-
-
 @pytest.mark.parametrize("method", ["rejection", "block"])
 @pytest.mark.parametrize("told", ["told", "told in another dtype", "not told"])
 def test_sampled_drafts_are_verified_as_the_eager_backend_verifies_them(method, told):
@@ -348,7 +314,7 @@ def test_sampled_drafts_are_verified_as_the_eager_backend_verifies_them(method, 
         draft_logits = logits[:, :2] + 0.3 * randn(6, 2, 200, seed=7)
         if told == "told in another dtype":
             draft_logits = draft_logits.round().bfloat16()
-        drafts = drawn(draft_logits, seeds, **settings)
+        drafts = sampled_drafts(draft_logits, seeds, **settings)
         drafts[1, 1], drafts[3, 0] = -5, 200
         lengths = torch.tensor([2, 2, 1, 2, 0, 2])
         arguments = list(planned(logits, drafts.clamp(0, 199), lengths, method=method, seeds=seeds, **settings))
@@ -373,7 +339,7 @@ def test_a_drafter_without_a_distribution_is_refused(method):
 @pytest.mark.parametrize("method", ["rejection", "block"])
 def test_a_distribution_that_agrees_accepts_everything(method):
     logits, seeds = randn(4, 3, 90), torch.arange(4)
-    drafts = drawn(logits[:, :2], seeds, top_p=0.9)
+    drafts = sampled_drafts(logits[:, :2], seeds, top_p=0.9)
     result = assert_same(logits, drafts, method=method, draft_logits=logits[:, :2].clone(), seeds=seeds, top_p=0.9)
     assert result[1].tolist() == [2] * 4
 
