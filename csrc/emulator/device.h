@@ -99,11 +99,6 @@ inline T __ldg(const T* address) {
   return *address;
 }
 
-// Additions and the like that no compiler joins into one rounding; this side is compiled with -ffp-contract=off.
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-
 // Relaxed, as on the device: order comes from barriers and fences. One block runs at a time, so a fence between blocks has
 // nothing to do.
 template <class Integer>

@@ -245,6 +245,7 @@ GEMMA4_API gemma4_status gemma4_linear_geglu(const gemma4_linear_geglu_arguments
 GEMMA4_API gemma4_status gemma4_linear_argmax_workspace(const gemma4_linear_argmax_arguments* arguments, size_t* bytes);
 GEMMA4_API gemma4_status gemma4_linear_argmax(const gemma4_linear_argmax_arguments* arguments, void* workspace,
                                               size_t workspace_bytes, gemma4_stream stream);
+
 /* Verification ------------------------------------------------------------------------------------------------------ */
 
 /* How drafts are accepted; docs/mtp.md has the methods, the filters and the noise. */
