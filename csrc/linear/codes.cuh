@@ -1,7 +1,7 @@
 // The codes of a warp's 16 outputs, from a stage to registers.
 //
-// Lane 4 g + t of a warp has rows g and g + 8. Of 32 columns it holds eight in one go: 8 t to 8 t + 7, which are word t of 16 bytes.
-// Where groups have 16 columns and a product must not take more, it holds four of each group: those from 8 (t % 2) + 4 (t / 2).
+// Lane 4 g + t of a warp has rows g and g + 8. Of 32 columns it holds eight: 8 t to 8 t + 7, which are word t of 16 bytes. Where groups
+// have 16 columns and a product must not take more, it holds four of each group: those from 8 (t % 2) + 4 (t / 2).
 #pragma once
 
 #include "stage.cuh"
@@ -47,9 +47,9 @@ struct Reader {
     for (int i = 0; i < 4; ++i) codes[i / 2][i % 2].words[0] = words[i];
   }
 
-  // ldmatrix gives a word of one group of 16 columns to a lane, where four of its columns and four of the other group are wanted.
-  // Lanes t and t ^ 2, which have words of both groups, give each other the halves of two words: pairs 0 and 1 of what comes
-  // of it are of the first group, in the places of any word's.
+  // ldmatrix gives a lane a word of one group of 16 columns, where four of its columns and four of the other group are wanted.
+  // Lanes t and t ^ 2 have both, and give each other half of each of two words. Of what comes of it pairs 0 and 1 are of the first
+  // group, at the bits that they have in any word.
   static __device__ __forceinline__ void deal(uint32_t& one, uint32_t& other) {
     const bool upper = threadIdx.x % 4 / 2;
     const uint32_t got = ptx::of_lane_across(__byte_perm(one, other, upper ? 0x6420 : 0x7531), 2);

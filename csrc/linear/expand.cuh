@@ -5,8 +5,8 @@
 
 namespace gemma4::linear {
 
-// A code under the exponent of MAGIC is a number; one addition takes away what is too much. Bits above the fourth, which stand in
-// a word of their own, are turned to where a shift less than theirs brings them above the others.
+// A code under the exponent of MAGIC is a number; one addition takes away what is too much. Bits above the fourth stand in a word of
+// their own; it is turned so that a short shift for each pair brings them above the other four.
 template <class Type, Values VALUES, int BITS>
 struct Expander {
   uint32_t minus_zero, turned_by;
@@ -77,7 +77,8 @@ struct Expander<Type, kTable, 4> {
     uint32_t numbers[2][2];  // of the even codes, in the lower half of the word, and of the odd ones: 0 and 1, 2 and 3
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
-      const uint32_t codes = all.words[0] >> 16 * odd, entries = codes & 0x7777, halves = ptx::masked_with(codes >> 1, 0x4444, 0x3210);
+      const uint32_t codes = all.words[0] >> 16 * odd, entries = codes & 0x7777;
+      const uint32_t halves = ptx::masked_with(codes >> 1, 0x4444, 0x3210);
       const uint32_t lower = look_up(low, entries, halves), upper = look_up(high, entries, halves);
       numbers[odd][0] = __byte_perm(lower, upper, 0x5140);
       numbers[odd][1] = __byte_perm(lower, upper, 0x7362);

@@ -113,7 +113,7 @@ template <int TILES, Values VALUES, int BITS>
 struct Stage : Columns<BITS> {
   using Columns<BITS>::kColumns;
   using Columns<BITS>::kSlots;
-  static constexpr int kRowBytes = kColumns * 2;           // of x
+  static constexpr int kRowBytes = kColumns * 2;            // of x
   static constexpr int kSlotBytes = kOutputs * kSlots * 4;  // of a word for each slot
   static constexpr int kHigh = kOutputs * kCodeBytes;
   static constexpr int kX = kHigh + (Columns<BITS>::kHasHigh ? kSlotBytes : 0);
@@ -130,8 +130,12 @@ struct Stage : Columns<BITS> {
   static_assert(kStages >= 2, "one stage is filled while another is used");
 
   // Chunks of 16 bytes of a row, in the order in which they lie: see the map in decode.cuh.
-  static __device__ __forceinline__ int code_chunk(int chunk, int row) { return chunk ^ (BITS == 8 ? 2 * (row % 4) : row % 8); }
-  static __device__ __forceinline__ int x_chunk(int chunk, int row) { return chunk ^ (BITS == 6 ? 2 * (row % 4) : 4 * (row % 2)); }
+  static __device__ __forceinline__ int code_chunk(int chunk, int row) {
+    return chunk ^ (BITS == 8 ? 2 * (row % 4) : row % 8);
+  }
+  static __device__ __forceinline__ int x_chunk(int chunk, int row) {
+    return chunk ^ (BITS == 6 ? 2 * (row % 4) : 4 * (row % 2));
+  }
   // The place of four slots of a row among the words of slots.
   static constexpr int kQuads = kSlots / 4;
   static __device__ __forceinline__ int quad_place(int quad, int row) {
