@@ -30,8 +30,9 @@ KERNELS = (
     "linear/linear.cu", "linear/add_pieces.cu", "linear/decode_bf16.cu", "linear/decode_fp16.cu",
     "linear/decode_offsets_bf16.cu", "linear/decode_offsets_fp16.cu",
     "linear/decode_table_bf16.cu", "linear/decode_table_fp16.cu",
+    "attention/combine.cu", "attention/flash.cu", "attention/flash_decode_bf16.cu", "attention/flash_decode_fp16.cu",
 )  # fmt: skip
-BINDINGS = ("bindings/module.cpp", "bindings/linear.cpp")
+BINDINGS = ("bindings/module.cpp", "bindings/linear.cpp", "bindings/attention.cpp")
 EMULATOR = ("emulator/fiber.cpp", "emulator/runtime.cpp", "emulator/collectives.cpp")
 ARCHITECTURES = ("80", "86", "89", "90", "120")
 # The oldest machine code serves cards of its own major version only; newer ones (sm_100, and what comes) compile this PTX.

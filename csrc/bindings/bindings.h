@@ -44,5 +44,6 @@ void define_call(py::module_& module, const char* name, gemma4_status (*workspac
 
 // Each defines what Python sees of one part of the header.
 void define_linear(py::module_& module);
+void define_attention(py::module_& module);
 
 }  // namespace gemma4::bindings

@@ -4,6 +4,7 @@
 PYBIND11_MODULE(GEMMA4_MODULE, module) {
   namespace py = pybind11;
   gemma4::bindings::define_linear(module);
+  gemma4::bindings::define_attention(module);
   module.def("abi_version", &gemma4_abi_version);
   module.def("architectures", &gemma4_architectures);
   module.def("driver_problem", []() -> py::object {

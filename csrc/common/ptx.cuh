@@ -55,6 +55,15 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* ro
                : "memory");
 }
 
+// The same with each matrix turned: a lane gets column lane / 4 of rows 2 (lane % 4) and the next. Values lie in memory by keys,
+// and are the second operand of a product over keys.
+__device__ __forceinline__ void load_matrices_turned(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 // D (16 x 8) = A (16 x 16) B (16 x 8) + C with fp32 sums: the only multiplication that keeps pace with memory at several rows of x.
 template <class Type>
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]);
@@ -89,6 +98,28 @@ __device__ __forceinline__ float fp16_to_float(uint16_t bits) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
   return value;
 }
+
+// Two numbers rounded into one register, the first in its lower half, as operands of mma want them: one instruction, not three.
+__device__ __forceinline__ uint32_t round_pair(float low, float high, Bf16) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+__device__ __forceinline__ uint32_t round_pair(float low, float high, Fp16) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// 2^x to within 2^-22, one instruction; what is below 2^-126 becomes 0, which no weight of a softmax is told from.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
+// The value of the lane whose number differs in the bits of a mask: four lanes share a row of an mma's result.
+__device__ __forceinline__ float from_lane_across(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 
 // The same pointer, of which the compiler no longer knows how it was made: it would make it again at every use, to save a register.
 template <class Target>

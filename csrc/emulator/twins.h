@@ -59,6 +59,13 @@ inline void load_matrices(uint32_t (&out)[4], const void* row, int line = __buil
   emulator::distribute_matrices(mine, out, line);
 }
 
+inline void load_matrices_turned(uint32_t (&out)[4], const void* row, int line = __builtin_LINE()) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulator::fail("ldmatrix of a row whose address is no multiple of 16");
+  uint32_t mine[4];
+  for (int i = 0; i < 4; ++i) mine[i] = static_cast<const volatile uint32_t*>(row)[i];
+  emulator::distribute_turned_matrices(mine, out, line);
+}
+
 template <class Type>
 inline void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4],
                      int line = __builtin_LINE());
@@ -74,6 +81,16 @@ inline void multiply<Fp16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t
 inline uint16_t round_to_bf16(float value) { return emulator::float_to_bf16(value); }
 inline uint16_t round_to_fp16(float value) { return emulator::float_to_fp16(value); }
 inline float fp16_to_float(uint16_t bits) { return emulator::fp16_to_float(bits); }
+
+inline uint32_t round_pair(float low, float high, Bf16) { return round_to_bf16(low) | uint32_t(round_to_bf16(high)) << 16; }
+inline uint32_t round_pair(float low, float high, Fp16) { return round_to_fp16(low) | uint32_t(round_to_fp16(high)) << 16; }
+
+// More exact than the instruction: what tests find holds for the arithmetic around it, not for its last bits.
+inline float exp2_fast(float x) { return std::exp2(x); }
+
+inline float from_lane_across(float value, int mask, int line = __builtin_LINE()) {
+  return __uint_as_float(emulator::shuffle(__float_as_uint(value), emulator::lane() ^ mask, line));
+}
 
 template <class Target>
 inline const Target* kept(const Target* pointer) {

@@ -73,12 +73,7 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) ->
         table=_address(weight.table),
         values=_VALUES[layout.values], scale_kind=_SCALES[layout.scales], zero=layout.zero,
     )  # fmt: skip
-    on_gpu = x.device.type == "cuda"
-    with torch.cuda.device(x.device if on_gpu else -1):
-        nbytes = module.linear_workspace(arguments)
-        workspace = torch.empty(nbytes, dtype=torch.uint8, device=x.device)
-        stream = torch.cuda.current_stream(x.device).cuda_stream if on_gpu else 0
-        module.linear(arguments, workspace.data_ptr(), nbytes, stream)
+    support.run(module.linear, module.linear_workspace, arguments, x.device)
     return out
 
 
