@@ -263,13 +263,13 @@ struct Scorer {
   const Parameters& p;
   uint32_t queries[TILES][kSteps][4];  // rows g and g + 8 of the lower columns, then of the upper ones
   int step[kSteps];
-  int rotating;  // of the warp's steps: those below
+  int rebuilt;  // of the warp's steps: those below. The first always is: a pair that does not rotate has the angle 0
   Turner<Type, D> turner;
 
   __device__ __forceinline__ Scorer(const Parameters& parameters, const Work& w, const unsigned char* order, int all_rotating)
       : p(parameters), turner(parameters, 8 * order[threadIdx.x / 32] + 2 * (threadIdx.x % 4)) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    rotating = (all_rotating - warp + kWarps - 1) / kWarps;
+    rebuilt = all_rotating <= kWarps ? 1 : (all_rotating - warp + kWarps - 1) / kWarps;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) step[i] = order[warp + kWarps * i];
     const int rows = w.request.rows * p.group;
@@ -283,22 +283,24 @@ struct Scorer {
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
           const int column = 8 * step[i] + 2 * (lane % 4);
-          queries[tile][i][half] = packed < rows ? prepared(q, column, i < rotating) : 0;
-          queries[tile][i][half + 2] = packed < rows ? prepared(q, column + D / 2, i < rotating) : 0;
+          queries[tile][i][half] = packed < rows ? prepared(q, column, i < rebuilt) : 0;
+          queries[tile][i][half + 2] = packed < rows ? prepared(q, column + D / 2, i < rebuilt) : 0;
         }
       }
     }
   }
 
-  __device__ __forceinline__ uint32_t prepared(const unsigned char* q, int column, bool rotates) const {
+  __device__ __forceinline__ uint32_t prepared(const unsigned char* q, int column, bool is_rebuilt) const {
     const uint32_t pair = *reinterpret_cast<const uint32_t*>(q + 2 * column);
-    if (rotates) return pair;
+    if (is_rebuilt) return pair;
     const float2 numbers = unpacked(pair, Type());
     return ptx::round_pair(numbers.x * number_at(p.weight, column, p.weight_dtype),
                            numbers.y * number_at(p.weight, column + 1, p.weight_dtype), Type());
   }
 
-  // Leaves the warp's parts of the scores of a tile that begins with key `first`.
+  // Leaves the warp's parts of the scores of a tile that begins with key `first`. With ANY, more of its steps than one may rotate: right,
+  // not fast.
+  template <bool ANY>
   __device__ __forceinline__ void score(const unsigned char* slot, int first, unsigned char* shared) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     float scores[TILES][kKeys / 8][4] = {};
@@ -319,13 +321,10 @@ struct Scorer {
         keys[2 * half + 1][0] = words[2];
         keys[2 * half + 1][1] = words[3];
       }
-      if (i < rotating) {
-        if (i == 0) {
-          turner.turn(keys, uint32_t(first + g));
-        } else {
-          // More pairs rotate than in any Gemma: right, not fast, and without registers of its own.
-          Turner<Type, D>(p, 8 * step[i] + 2 * t).turn(keys, uint32_t(first + g));
-        }
+      if (i == 0) {
+        turner.turn(keys, uint32_t(first + g));
+      } else if (ANY && i < rebuilt) {
+        Turner<Type, D>(p, 8 * step[i] + 2 * t).turn(keys, uint32_t(first + g));
       }
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
@@ -517,22 +516,16 @@ __device__ __forceinline__ void store(const Parameters& p, const Work& w, const 
 
 // The kernel ------------------------------------------------------------------------------------------------------------------
 
-template <class Cache, int D, int TILES>
-__device__ __forceinline__ void attend(const Parameters& p, const Work& w, unsigned char* shared) {
+// Walks over the tiles, of which two have been asked for.
+template <class Cache, int D, int TILES, bool ANY>
+__device__ __forceinline__ void walk(const Parameters& p, const Work& w, Finder& finder, Cache& cache, unsigned char* shared,
+                                     int rotating) {
   using Map = Layout<D>;
   using Type = typename Cache::Type;
-  const int tiles = (w.stop - w.begin + kKeys - 1) / kKeys;
-  Finder finder(p.requests, w);
-  Cache cache(p, w);
-  cache.begin(shared, finder.take(p.values));
-  cache.finish(shared);
-  ptx::commit();
-  cache.begin(shared + Map::kTileBytes, finder.take(p.values));
-  ptx::commit();
-  const int rotating = order_steps<D>(p, shared + Map::kOrder);
   const Scorer<Type, D, TILES> scorer(p, w, shared + Map::kOrder, rotating);
   Softmax<Type, D, TILES> softmax(p, w);
   float sums[TILES][Map::kColumnTiles][4] = {};
+  const int tiles = (w.stop - w.begin + kKeys - 1) / kKeys;
   for (int tile = 0; tile < tiles; ++tile) {
     unsigned char* slot = shared + tile % kSlots * Map::kTileBytes;
     unsigned char* other = shared + (tile + 1) % kSlots * Map::kTileBytes;
@@ -547,7 +540,7 @@ __device__ __forceinline__ void attend(const Parameters& p, const Work& w, unsig
       cache.begin(other, finder.take(p.values));
       ptx::commit();
     }
-    scorer.score(slot, first, shared);
+    scorer.template score<ANY>(slot, first, shared);
     __syncthreads();  // all parts of the scores are there
     softmax.fold(shared, first);
     __syncthreads();  // weights and factors are there
@@ -556,6 +549,24 @@ __device__ __forceinline__ void attend(const Parameters& p, const Work& w, unsig
   }
   ptx::wait<0>();  // no copy may be under way when the block ends
   store<Type, D, TILES>(p, w, softmax, sums, shared);
+}
+
+template <class Cache, int D, int TILES>
+__device__ __forceinline__ void attend(const Parameters& p, const Work& w, unsigned char* shared) {
+  using Map = Layout<D>;
+  Finder finder(p.requests, w);
+  Cache cache(p, w);
+  cache.begin(shared, finder.take(p.values));
+  cache.finish(shared);
+  ptx::commit();
+  cache.begin(shared + Map::kTileBytes, finder.take(p.values));
+  ptx::commit();
+  const int rotating = order_steps<D>(p, shared + Map::kOrder);
+  if (Map::kSteps == 1 || rotating <= kWarps) {
+    walk<Cache, D, TILES, false>(p, w, finder, cache, shared, rotating);
+  } else {
+    walk<Cache, D, TILES, true>(p, w, finder, cache, shared, rotating);
+  }
 }
 
 template <class Cache, int D>
