@@ -31,6 +31,7 @@ KERNELS = (
     "linear/decode_offsets_bf16.cu", "linear/decode_offsets_fp16.cu",
     "linear/decode_table_bf16.cu", "linear/decode_table_fp16.cu",
     "attention/combine.cu", "attention/flash.cu", "attention/flash_decode_bf16.cu", "attention/flash_decode_fp16.cu",
+    "attention/k_eq_v.cu", "attention/k_eq_v_bf16.cu", "attention/k_eq_v_fp16.cu",
 )  # fmt: skip
 BINDINGS = ("bindings/module.cpp", "bindings/linear.cpp", "bindings/attention.cpp")
 EMULATOR = ("emulator/fiber.cpp", "emulator/runtime.cpp", "emulator/collectives.cpp")

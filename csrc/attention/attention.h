@@ -41,6 +41,7 @@ struct Requests {
 struct Splits {
   int most;           // chunks of the smallest size that would do, but for one more where a window begins inside a chunk
   int smallest_log2;  // keys of the smallest chunk
+  int step;           // larger sizes are multiples of it; 0: powers of two
   int slots;          // parts that a row has room for
   int programs;       // chunks that the rows of one request may have together
 };

@@ -354,7 +354,7 @@ __global__ void __launch_bounds__(kThreads, TILES == 4 ? 1 : 2) flash_decode_ker
   if (!chunk.exists) return;
 
   // The keys of the chunk that some row sees: windows of later rows begin and end later.
-  const int chunk_begin = r.start + (chunk.index << chunk.log2), chunk_end = chunk_begin + (1 << chunk.log2);
+  const int chunk_begin = r.start + chunk.index * chunk.size, chunk_end = chunk_begin + chunk.size;
   const Span first_seen = seen_by(p.requests, r, first_token), last_seen = seen_by(p.requests, r, last_token);
   const int begin = within(first_seen.low, chunk_begin, chunk_end), end = within(last_seen.high, chunk_begin, chunk_end);
   const int first_key = begin - (begin - r.start) % Map::kKeys;

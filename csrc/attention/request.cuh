@@ -69,29 +69,33 @@ __device__ __forceinline__ Span seen_by(const Requests& p, const Request& r, int
   return {low > r.start ? low : r.start, high < r.end ? high : r.end};
 }
 
-// The chunks of one row. Chunk i holds keys start + (i << log2) and the next 1 << log2.
+// The chunks of one row. Chunk i holds keys start + i * size and the next `size`.
 struct Chunks {
-  int log2;
+  int size;
   int first;
   int count;  // 0 for a row that sees nothing
 };
 
-// The size is the smallest power of two of which `most` hold all keys that the row sees: it depends on nothing but their number, so a
-// row's sums are grouped alike in any company. Chunks are counted from `start`: those of one size have the same edges for all rows.
+// The size is the smallest of those allowed of which `most` hold all keys that the row sees: it depends on nothing but their number, so
+// a row's sums are grouped alike in any company. Chunks are counted from `start`: those of one size have the same edges for all rows.
 __device__ __forceinline__ Chunks chunks_of(const Requests& p, const Splits& splits, const Request& r, int token) {
   const Span span = seen_by(p, r, token);
   const int seen = span.high - span.low;
-  if (seen <= 0) return {splits.smallest_log2, 0, 0};
+  int size = 1 << splits.smallest_log2;
+  if (seen <= 0) return {size, 0, 0};
   const int wanted = (seen + splits.most - 1) / splits.most;
-  int log2 = splits.smallest_log2;
-  while (1 << log2 < wanted) ++log2;
-  const int first = (span.low - r.start) >> log2;
-  return {log2, first, ((span.high - 1 - r.start) >> log2) - first + 1};
+  if (splits.step == 0) {
+    while (size < wanted) size *= 2;
+  } else if (size < wanted) {
+    size = (wanted + splits.step - 1) / splits.step * splits.step;
+  }
+  const int first = (span.low - r.start) / size;
+  return {size, first, (span.high - 1 - r.start) / size - first + 1};
 }
 
 // The chunk that a program makes parts of, for rows first_token to last_token, at most 16 of one request.
 struct Chunk {
-  int log2;
+  int size;
   int index;
   bool exists;
 };
@@ -101,30 +105,30 @@ struct Chunk {
 __device__ __forceinline__ Chunk choose_chunk(const Requests& p, const Splits& splits, const Request& r, int first_token,
                                               int last_token, int program) {
   const bool is_second = program >= splits.programs;
-  int smallest = 31, largest = 0;
+  int smallest = INT32_MAX, largest = 0;
   for (int token = first_token; token <= last_token; ++token) {
     const Chunks row = chunks_of(p, splits, r, token);
     if (row.count == 0) continue;
-    if (row.log2 < smallest) smallest = row.log2;
-    if (row.log2 > largest) largest = row.log2;
+    if (row.size < smallest) smallest = row.size;
+    if (row.size > largest) largest = row.size;
   }
-  const int log2 = is_second ? largest : smallest;
+  const int size = is_second ? largest : smallest;
   int first = INT32_MAX, last = -1;
   for (int token = first_token; token <= last_token; ++token) {
     const Chunks row = chunks_of(p, splits, r, token);
-    if (row.count == 0 || row.log2 != log2) continue;
+    if (row.count == 0 || row.size != size) continue;
     if (row.first < first) first = row.first;
     if (row.first + row.count - 1 > last) last = row.first + row.count - 1;
   }
   if (last < 0 || (is_second && smallest == largest)) return {0, 0, false};
   const int index = first + (is_second ? program - splits.programs : program);
-  return {log2, index, index <= last};
+  return {size, index, index <= last};
 }
 
 // The slot of a row's part that a program makes, or -1: not of the row's size, or not one of its chunks.
 __device__ __forceinline__ int slot_of(const Splits& splits, const Chunks& row, const Chunk& chunk) {
   const int slot = chunk.index - row.first;
-  return row.log2 == chunk.log2 && slot >= 0 && slot < row.count && slot < splits.slots ? slot : -1;
+  return row.size == chunk.size && slot >= 0 && slot < row.count && slot < splits.slots ? slot : -1;
 }
 
 // Where the part of a row lies among parts, in units of a slot.

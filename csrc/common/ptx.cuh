@@ -121,6 +121,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
 // The value of the lane whose number differs in the bits of a mask: four lanes share a row of an mma's result.
 __device__ __forceinline__ float from_lane_across(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 
+// The value of any lane: each finds an address for all.
+__device__ __forceinline__ int64_t from_lane(int64_t value, int lane) {
+  return __shfl_sync(~0u, static_cast<long long>(value), lane);
+}
+
 // The same pointer, of which the compiler no longer knows how it was made: it would make it again at every use, to save a register.
 template <class Target>
 __device__ __forceinline__ const Target* kept(const Target* pointer) {

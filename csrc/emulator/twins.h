@@ -92,6 +92,11 @@ inline float from_lane_across(float value, int mask, int line = __builtin_LINE()
   return __uint_as_float(emulator::shuffle(__float_as_uint(value), emulator::lane() ^ mask, line));
 }
 
+inline int64_t from_lane(int64_t value, int lane, int line = __builtin_LINE()) {
+  const uint64_t low = emulator::shuffle(uint32_t(value), lane, line), high = emulator::shuffle(uint32_t(value >> 32), lane, line);
+  return int64_t(high << 32 | low);
+}
+
 template <class Target>
 inline const Target* kept(const Target* pointer) {
   return pointer;

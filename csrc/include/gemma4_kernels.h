@@ -148,6 +148,17 @@ typedef struct gemma4_flash_decode_arguments {
   float softcap;
 } gemma4_flash_decode_arguments;
 
+/* Values alone, keys a function of them: k[j] = rope(v[j] * k_norm_weight, j), head_dim 128, 256 or 512. Pair (d, d + head_dim / 2)
+ * rotates by position * inv_freq[d]; row i of a request sees the keys up to its own token. Row j of a request is position j: cu_q,
+ * cu_k, first and entry are null. */
+typedef struct gemma4_k_eq_v_decode_arguments {
+  gemma4_attention attention;
+  const void* k_norm_weight;    /* (head_dim) */
+  const void* inv_freq;         /* (head_dim / 2) in radians per position, float, or double */
+  int32_t weight_dtype;         /* gemma4_dtype */
+  int32_t inv_freq_is_double;   /* 0 or 1 */
+} gemma4_k_eq_v_decode_arguments;
+
 /* Functions ------------------------------------------------------------------------------------------------------------- */
 
 GEMMA4_API int32_t gemma4_abi_version(void);
@@ -172,6 +183,11 @@ GEMMA4_API gemma4_status gemma4_flash_decode_workspace(const gemma4_flash_decode
 
 GEMMA4_API gemma4_status gemma4_flash_decode(const gemma4_flash_decode_arguments* arguments, void* workspace,
                                              size_t workspace_bytes, gemma4_stream stream);
+
+GEMMA4_API gemma4_status gemma4_k_eq_v_decode_workspace(const gemma4_k_eq_v_decode_arguments* arguments, size_t* bytes);
+
+GEMMA4_API gemma4_status gemma4_k_eq_v_decode(const gemma4_k_eq_v_decode_arguments* arguments, void* workspace,
+                                              size_t workspace_bytes, gemma4_stream stream);
 
 #ifdef __cplusplus
 }

@@ -15,6 +15,7 @@ from gemma4_kernels.cuda_common import support
 from gemma4_kernels.op_support import DECODE_ROWS
 
 FLASH_HEAD_DIMS = (64, 128, 256)
+K_EQ_V_HEAD_DIMS = (128, 256, 512)
 # Not block_ids: blocks of images belong to prompts, and a row that decodes has none.
 FEATURES = frozenset({"softcap", "window", "paged", "leftpad", "batch_idx"})
 _ALIGNMENT = 16  # bytes: the copies of a kernel
@@ -26,8 +27,9 @@ def refuses(call: Call) -> str | None:
         return reason
     if call.shape_class.startswith("prefill"):
         return f"goes to {DECODE_ROWS} rows"
-    if call.head_dim and call.head_dim not in FLASH_HEAD_DIMS:  # `info` asks for none in particular
-        return f"has head_dim {', '.join(map(str, FLASH_HEAD_DIMS))}, the call has {call.head_dim}"
+    served = K_EQ_V_HEAD_DIMS if call.op == "k_eq_v_attention" else FLASH_HEAD_DIMS
+    if call.head_dim and call.head_dim not in served:  # `info` asks for none in particular
+        return f"has head_dim {', '.join(map(str, served))}, the call has {call.head_dim}"
     return None
 
 
@@ -73,6 +75,27 @@ def _flash_decode(
         attention=call.attention, k=rows_of(module, k), left=left, right=right, softcap=softcap
     )
     support.run(module.flash_decode, module.flash_decode_workspace, arguments, q.device)
+    return call.out, call.lse
+
+
+def k_eq_v_attention(
+    q: Tensor, values: Tensor, k_norm_weight: Tensor, inv_freq: Tensor, cache_seqlens: Tensor,
+    block_table: Tensor | None, softmax_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if k_norm_weight.dtype == torch.float64:
+        k_norm_weight = k_norm_weight.float()
+    k_norm_weight, inv_freq = k_norm_weight.contiguous(), inv_freq.contiguous()
+    module = support.module_for(q.device)
+    call = AttentionCall(
+        module, q, values, softmax_scale, batch=q.shape[0], rows=q.shape[1], capacity=capacity_of(values, block_table),
+        lengths=cache_seqlens, block_table=block_table,
+    )  # fmt: skip
+    arguments = module.KEqVDecodeArguments(
+        attention=call.attention, k_norm_weight=k_norm_weight.data_ptr(),
+        weight_dtype=support.DTYPE_CODES[k_norm_weight.dtype], inv_freq=inv_freq.data_ptr(),
+        inv_freq_is_double=inv_freq.dtype == torch.float64,
+    )  # fmt: skip
+    support.run(module.k_eq_v_decode, module.k_eq_v_decode_workspace, arguments, q.device)
     return call.out, call.lse
 
 

@@ -282,7 +282,7 @@ for _op in DESCRIBERS:
         support.implementation(_op, f"gemma4_kernels.attention.triton.backend:{_op}", _ALL_FEATURES, MAX_HEAD_DIM)
     )
 
-for _op in ("flash_attn", "flash_attn_varlen", "flash_attn_kvcache"):
+for _op in ("flash_attn", "flash_attn_varlen", "flash_attn_kvcache", "k_eq_v_attention"):
     backends.register(
         Implementation(
             op=_op,

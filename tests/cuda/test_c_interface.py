@@ -51,6 +51,7 @@ def test_the_library_shows_its_interface_and_nothing_else():
     assert declared == {
         "gemma4_abi_version", "gemma4_last_error", "gemma4_architectures", "gemma4_check_driver", "gemma4_linear_workspace",
         "gemma4_linear", "gemma4_flash_decode_workspace", "gemma4_flash_decode",
+        "gemma4_k_eq_v_decode_workspace", "gemma4_k_eq_v_decode",
     }  # fmt: skip
     assert all(f"{name}(" in header for name in declared)
     assert not {name for name in found - declared if "gemma4" in name or "emulator" in name}
