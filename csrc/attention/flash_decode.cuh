@@ -193,49 +193,74 @@ struct Rows {
   float sum[2];
 };
 
+// Caps the block's scores where they lie, two halves of a sum in the place of the first: a pass of its own, with a barrier of its
+// own, because no layer of Gemma 4 asks for it and the loop would be twice as long.
+template <int D, int TILES>
+__device__ __forceinline__ void cap_scores(const FlashParameters& p, unsigned char* scores) {
+  using Map = Layout<D, TILES>;
+  constexpr int NUMBERS = Map::kScoreBytes / 4;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < TILES * NUMBERS; i += kThreads) {
+    float* score = reinterpret_cast<float*>(scores) + i / NUMBERS * Map::kHalves * NUMBERS + i % NUMBERS;
+    float sum = score[0];
+    if constexpr (Map::kHalves == 2) {
+      sum += score[NUMBERS];
+      score[NUMBERS] = 0;
+    }
+    score[0] = capped(sum * p.scale, p.softcap, p.inverse_softcap);
+  }
+}
+
 // The lane's scores of one tile of rows become weights, and the softmax takes them in. `rescale` is what earlier sums are
 // multiplied with. Key 8 n + 2 t + j of row g + 8 i is weights[n][2 i + j].
 template <int D, int TILES>
-__device__ __forceinline__ void fold(const FlashParameters& p, const unsigned char* scores, int first_key, bool crosses_edge, Rows& rows,
+__device__ __forceinline__ void fold(float scale, const unsigned char* scores, int first_key, bool crosses_edge, Rows& rows,
                                      float (&weights)[Layout<D, TILES>::kKeys / 8][4], float (&rescale)[2]) {
   using Map = Layout<D, TILES>;
+  constexpr int KEY_TILES = Map::kKeys / 8;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const auto* first_half = reinterpret_cast<const float*>(scores);
+  const auto* second_half = reinterpret_cast<const float*>(scores + Map::kScoreBytes);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    float tile_max = rows.highest[i];
 #pragma unroll
-    for (int n = 0; n < Map::kKeys / 8; ++n) {
+    for (int n = 0; n < KEY_TILES; ++n) {
       const int place = score_place<Map::kKeys>(g + 8 * i, n) + 2 * t;
-      float2 score = *reinterpret_cast<const float2*>(reinterpret_cast<const float*>(scores) + place);
+      float2 score = *reinterpret_cast<const float2*>(first_half + place);
       if constexpr (Map::kHalves == 2) {
-        const auto* other = reinterpret_cast<const float*>(scores + Map::kScoreBytes);
-        const float2 rest = *reinterpret_cast<const float2*>(other + place);
+        const float2 rest = *reinterpret_cast<const float2*>(second_half + place);
         score = {score.x + rest.x, score.y + rest.y};
       }
-      score = {score.x * p.scale, score.y * p.scale};
-      if (p.softcap != 0) {
-        score = {capped(score.x, p.softcap, p.inverse_softcap), capped(score.y, p.softcap, p.inverse_softcap)};
-      }
-      if (crosses_edge) {
-        const int key = first_key + 8 * n + 2 * t;
-        if (key < rows.seen[i].low || key >= rows.seen[i].high) score.x = -INFINITY;
-        if (key + 1 < rows.seen[i].low || key + 1 >= rows.seen[i].high) score.y = -INFINITY;
-      }
-      weights[n][2 * i] = score.x;
-      weights[n][2 * i + 1] = score.y;
-      tile_max = fmaxf(tile_max, fmaxf(score.x, score.y));
+      weights[n][2 * i] = score.x * scale;
+      weights[n][2 * i + 1] = score.y * scale;
     }
-    tile_max = largest_of_row(tile_max);
-    const float safe = safe_maximum(tile_max);
+  }
+  if (crosses_edge) {
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; ++n) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int key = first_key + 8 * n + 2 * t + j % 2;
+        if (key < rows.seen[j / 2].low || key >= rows.seen[j / 2].high) weights[n][j] = -INFINITY;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float highest = rows.highest[i];
+#pragma unroll
+    for (int n = 0; n < KEY_TILES; ++n) highest = fmaxf(highest, fmaxf(weights[n][2 * i], weights[n][2 * i + 1]));
+    highest = largest_of_row(highest);
+    const float safe = safe_maximum(highest);
     rescale[i] = exponential(rows.highest[i] - safe);
-    rows.highest[i] = tile_max;
+    rows.highest[i] = highest;
     rows.sum[i] *= rescale[i];
 #pragma unroll
-    for (int n = 0; n < Map::kKeys / 8; ++n) {
+    for (int n = 0; n < KEY_TILES; ++n) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        weights[n][2 * i + j] = exponential(weights[n][2 * i + j] - safe);
-        rows.sum[i] += weights[n][2 * i + j];
+      for (int j = 2 * i; j < 2 * i + 2; ++j) {
+        weights[n][j] = exponential(weights[n][j] - safe);
+        rows.sum[i] += weights[n][j];
       }
     }
   }
@@ -243,7 +268,7 @@ __device__ __forceinline__ void fold(const FlashParameters& p, const unsigned ch
 
 // Weights times the warp's columns of the values, for one tile of rows after the other.
 template <class Type, int D, int TILES>
-__device__ __forceinline__ void add_values(const FlashParameters& p, const unsigned char* values, const unsigned char* scores, int first_key,
+__device__ __forceinline__ void add_values(float scale, const unsigned char* values, const unsigned char* scores, int first_key,
                                            bool crosses_edge, Rows (&rows)[TILES],
                                            float (&sums)[TILES][Layout<D, TILES>::kColumnTiles][4]) {
   using Map = Layout<D, TILES>;
@@ -253,7 +278,7 @@ __device__ __forceinline__ void add_values(const FlashParameters& p, const unsig
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile) {
     float exact[Map::kKeys / 8][4], rescale[2];
-    fold<D, TILES>(p, scores + tile * Map::kHalves * Map::kScoreBytes, first_key, crosses_edge, rows[tile], exact, rescale);
+    fold<D, TILES>(scale, scores + tile * Map::kHalves * Map::kScoreBytes, first_key, crosses_edge, rows[tile], exact, rescale);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
       weights[tile][step][0] = ptx::round_pair(exact[2 * step][0], exact[2 * step][1], Type());
@@ -357,6 +382,7 @@ __global__ void __launch_bounds__(kThreads, TILES == 4 ? 1 : 2) flash_decode_ker
     }
   }
   float sums[TILES][Map::kColumnTiles][4] = {};
+  const float scale = p.softcap != 0 ? 1 : p.scale;
   int slot = 0;
   for (int tile = 0; tile < tiles; ++tile) {
     const int key = first_key + tile * Map::kKeys;
@@ -372,9 +398,13 @@ __global__ void __launch_bounds__(kThreads, TILES == 4 ? 1 : 2) flash_decode_ker
     __syncthreads();  // everyone's copies of these values are there, and everyone's scores; everyone has left the keys
     loader.load_values(keys, key + Map::kKeys);
     ptx::commit();
+    if (p.softcap != 0) {
+      cap_scores<D, TILES>(p, scores);
+      __syncthreads();
+    }
     // Whether some row does not see some key of the tile.
     const bool crosses_edge = key < last_seen.low || key + Map::kKeys > first_seen.high;
-    add_values<Type, D, TILES>(p, values, scores, key, crosses_edge, rows, sums);
+    add_values<Type, D, TILES>(scale, values, scores, key, crosses_edge, rows, sums);
     slot = slot == 0 ? 2 : slot - 1;
   }
   ptx::wait<0>();  // no copy may be under way when the block ends

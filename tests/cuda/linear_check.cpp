@@ -2,23 +2,21 @@
 //
 //   linear_check           calls of many shapes, each against the product with the exact weights in double
 //   linear_check fuzz N    N calls with arguments out of order: a status and a message, and nothing written
-//
-// Every buffer is a heap block of exactly its size, so AddressSanitizer sees the first byte beyond.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "../../csrc/emulator/collectives.h"
-#include "../../csrc/include/gemma4_kernels.h"
+#include "blocks.h"
 
 namespace {
+
+using checks::Block, checks::bytes_of, checks::from_half, checks::get, checks::put, checks::to_half;
 
 struct Shape {
   int64_t n, k, group, m;
@@ -29,49 +27,6 @@ struct Shape {
   bool six_bit = false;
   int64_t scale_columns() const { return six_bit ? 256 : group; }
 };
-
-// A heap block with its first byte at a multiple of 16.
-struct Block {
-  explicit Block(size_t bytes) : size(bytes), data(static_cast<unsigned char*>(std::aligned_alloc(16, round(bytes)))) {
-    // aligned_alloc wants whole multiples; AddressSanitizer is told of the rest by giving it back.
-    if (void* exact = bytes != 0 ? std::realloc(data, bytes) : nullptr) data = static_cast<unsigned char*>(exact);
-  }
-  ~Block() { std::free(data); }
-  Block(const Block&) = delete;
-  static size_t round(size_t bytes) { return std::max<size_t>(16, (bytes + 15) / 16 * 16); }
-  size_t size;
-  unsigned char* data;
-};
-
-uint16_t to_half(float value, int dtype) {
-  return dtype == GEMMA4_BF16 ? emulator::float_to_bf16(value) : emulator::float_to_fp16(value);
-}
-
-float from_half(uint16_t bits, int dtype) {
-  return dtype == GEMMA4_BF16 ? emulator::bf16_to_float(bits) : emulator::fp16_to_float(bits);
-}
-
-void put(Block& block, int64_t i, float value, int dtype) {
-  if (dtype == GEMMA4_FP32) {
-    std::memcpy(block.data + 4 * i, &value, 4);
-  } else {
-    const uint16_t bits = to_half(value, dtype);
-    std::memcpy(block.data + 2 * i, &bits, 2);
-  }
-}
-
-float get(const Block& block, int64_t i, int dtype) {
-  if (dtype == GEMMA4_FP32) {
-    float value;
-    std::memcpy(&value, block.data + 4 * i, 4);
-    return value;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, block.data + 2 * i, 2);
-  return from_half(bits, dtype);
-}
-
-int64_t bytes_of(int dtype) { return dtype == GEMMA4_FP32 ? 4 : 2; }
 
 struct Call {
   Shape shape;
