@@ -80,7 +80,7 @@ def _flash_decode(
 
 def k_eq_v_attention(
     q: Tensor, values: Tensor, k_norm_weight: Tensor, inv_freq: Tensor, cache_seqlens: Tensor,
-    block_table: Tensor | None, softmax_scale: float,
+    block_table: Tensor | None, softmax_scale: float, values_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if k_norm_weight.dtype == torch.float64:
         k_norm_weight = k_norm_weight.float()
