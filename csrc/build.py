@@ -31,11 +31,14 @@ KERNELS = (
     "linear/linear.cu", "linear/weight_checks.cu", "linear/pieces.cu", "linear/decode_bf16.cu", "linear/decode_fp16.cu",
     "linear/decode_offsets_bf16.cu", "linear/decode_offsets_fp16.cu",
     "linear/decode_table_bf16.cu", "linear/decode_table_fp16.cu", "linear/decode_wide_bf16.cu", "linear/decode_wide_fp16.cu",
-    "norms/sandwich_norm.cu", "attention/prologue.cu",
+    "attention/combine.cu", "attention/flash.cu", "attention/flash_decode_bf16.cu", "attention/flash_decode_fp16.cu",
+    "attention/k_eq_v.cu", "attention/k_eq_v_bf16.cu", "attention/k_eq_v_fp16.cu", "attention/prologue.cu",
+    "norms/sandwich_norm.cu",
     "verification/verification.cu", "verification/tiles.cu", "verification/rows.cu", "verification/residuals.cu",
 )  # fmt: skip
 BINDINGS = (
-    "bindings/module.cpp", "bindings/linear.cpp", "bindings/norms.cpp", "bindings/prologue.cpp", "bindings/verification.cpp",
+    "bindings/module.cpp", "bindings/linear.cpp", "bindings/attention.cpp", "bindings/prologue.cpp", "bindings/norms.cpp",
+    "bindings/verification.cpp",
 )  # fmt: skip
 EMULATOR = ("emulator/fiber.cpp", "emulator/runtime.cpp", "emulator/collectives.cpp", "emulator/counts.cpp")
 ARCHITECTURES = ("80", "86", "89", "90", "120")

@@ -60,6 +60,7 @@ void define_call(py::module_& module, const char* name, gemma4_status (*run)(con
 
 // Each defines what Python sees of one part of the header.
 void define_linear(py::module_& module);
+void define_attention(py::module_& module);
 void define_norms(py::module_& module);
 void define_prologue(py::module_& module);
 void define_verification(py::module_& module);

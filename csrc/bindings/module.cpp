@@ -4,6 +4,7 @@
 PYBIND11_MODULE(GEMMA4_MODULE, module) {
   namespace py = pybind11;
   gemma4::bindings::define_linear(module);
+  gemma4::bindings::define_attention(module);
   gemma4::bindings::define_norms(module);
   gemma4::bindings::define_prologue(module);
   gemma4::bindings::define_verification(module);

@@ -62,8 +62,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* ro
                : "memory");
 }
 
-// What the lane whose number differs in these bits holds: cheaper than shared memory, which would take a store and a barrier too.
-__device__ __forceinline__ uint32_t of_lane_across(uint32_t value, int bits) { return __shfl_xor_sync(~0u, value, bits); }
+// The same with each matrix turned: a lane gets column lane / 4 of rows 2 (lane % 4) and the next. Values lie in memory by keys,
+// and are the second operand of a product over keys.
+__device__ __forceinline__ void load_matrices_turned(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
 
 // D (16 x 8) = A (16 x 16) B (16 x 8) + C with fp32 sums: the only multiplication that keeps pace with memory at several rows of x.
 template <class Type>
@@ -98,6 +104,35 @@ __device__ __forceinline__ float fp16_to_float(uint16_t bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
   return value;
+}
+
+// Two numbers rounded into one register, the first in its lower half, as operands of mma want them: one instruction, not three.
+__device__ __forceinline__ uint32_t round_pair(float low, float high, Bf16) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+__device__ __forceinline__ uint32_t round_pair(float low, float high, Fp16) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// 2^x to within 2^-22, one instruction; what is below 2^-126 becomes 0, which no weight of a softmax is told from.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
+// The value of the lane whose number differs in the bits of a mask: cheaper than shared memory, which would take a store and a
+// barrier too.
+__device__ __forceinline__ float from_lane_across(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+__device__ __forceinline__ uint32_t from_lane_across(uint32_t value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+
+// The value of any lane: each finds an address for all.
+__device__ __forceinline__ int64_t from_lane(int64_t value, int lane) {
+  return __shfl_sync(~0u, static_cast<long long>(value), lane);
 }
 
 // Asks for the line in L1 and waits for nothing: what is loaded after the next barrier is then on its way before it.

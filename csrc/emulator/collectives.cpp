@@ -70,6 +70,13 @@ void distribute_matrices(const uint32_t row[4], uint32_t out[4], int line) {
   for (int matrix = 0; matrix < 4; ++matrix) out[matrix] = rows[(8 * matrix + lane() / 4) * 4 + lane() % 4];
 }
 
+void distribute_turned_matrices(const uint32_t row[4], uint32_t out[4], int line) {
+  const auto* rows = static_cast<const uint32_t*>(meet("ldmatrix", line, row, 16));
+  const int column = lane() / 4, first = 2 * (lane() % 4);
+  const auto element = [&](int matrix, int r) { return rows[(8 * matrix + r) * 4 + column / 2] >> 16 * (column % 2) & 0xFFFF; };
+  for (int matrix = 0; matrix < 4; ++matrix) out[matrix] = element(matrix, first) | element(matrix, first + 1) << 16;
+}
+
 namespace {
 
 struct Operands {

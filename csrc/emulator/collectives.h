@@ -18,6 +18,9 @@ int reduce(Reduction reduction, int value, int line);
 // of matrix i; lane l gets elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each matrix.
 void distribute_matrices(const uint32_t row[4], uint32_t out[4], int line);
 
+// The same with .trans: lane l gets element l / 4 of rows 2 (l % 4) and 2 (l % 4) + 1.
+void distribute_turned_matrices(const uint32_t row[4], uint32_t out[4], int line);
+
 // mma.m16n8k16 with fp32 sums ("Matrix Fragments for mma.m16n8k16 with floating point type"). With g = lane / 4, t = lane % 4:
 //   a[0], a[1], a[2], a[3]   rows g, g + 8, g, g + 8 of A; columns 2t, 2t, 2t + 8, 2t + 8, each with its right neighbour
 //   b[0], b[1]               column g of B; rows 2t and 2t + 8, each with the next

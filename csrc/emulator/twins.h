@@ -71,8 +71,12 @@ GEMMA4_COUNTED_INLINE void load_matrices(uint32_t (&out)[4], const void* row, in
   emulator::distribute_matrices(mine, out, line);
 }
 
-inline uint32_t of_lane_across(uint32_t value, int bits, int line = __builtin_LINE()) {
-  return emulator::shuffle(value, int(threadIdx.x % 32) ^ bits, line);
+GEMMA4_COUNTED_INLINE void load_matrices_turned(uint32_t (&out)[4], const void* row, int line = __builtin_LINE()) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulator::fail("ldmatrix of a row whose address is no multiple of 16");
+  uint32_t mine[4];
+  emulator::count_load("ldmatrix", row, 16);
+  twin::load_words(mine, row, 16);
+  emulator::distribute_turned_matrices(mine, out, line);
 }
 
 template <class Type>
@@ -92,6 +96,25 @@ inline uint16_t round_to_fp16(float value) { return emulator::float_to_fp16(valu
 inline float fp16_to_float(uint16_t bits) { return emulator::fp16_to_float(bits); }
 
 inline void prefetch(const void*) {}
+
+inline uint32_t round_pair(float low, float high, Bf16) { return round_to_bf16(low) | uint32_t(round_to_bf16(high)) << 16; }
+inline uint32_t round_pair(float low, float high, Fp16) { return round_to_fp16(low) | uint32_t(round_to_fp16(high)) << 16; }
+
+// More exact than the instruction: what tests find holds for the arithmetic around it, not for its last bits.
+inline float exp2_fast(float x) { return std::exp2(x); }
+
+inline float from_lane_across(float value, int mask, int line = __builtin_LINE()) {
+  return __uint_as_float(emulator::shuffle(__float_as_uint(value), emulator::lane() ^ mask, line));
+}
+
+inline uint32_t from_lane_across(uint32_t value, int mask, int line = __builtin_LINE()) {
+  return emulator::shuffle(value, emulator::lane() ^ mask, line);
+}
+
+inline int64_t from_lane(int64_t value, int lane, int line = __builtin_LINE()) {
+  const uint64_t low = emulator::shuffle(uint32_t(value), lane, line), high = emulator::shuffle(uint32_t(value >> 32), lane, line);
+  return int64_t(high << 32 | low);
+}
 
 template <class Target>
 inline const Target* kept(const Target* pointer) {

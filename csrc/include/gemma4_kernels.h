@@ -127,6 +127,88 @@ typedef struct gemma4_linear_argmax_arguments {
   int64_t* indices;
   int32_t dtype;
 } gemma4_linear_argmax_arguments;
+
+/* Attention ------------------------------------------------------------------------------------------------------------- */
+
+/* Whose rows and keys are whose. Numbers behind pointers lie on the device: kernels hold each within what exists, and read no
+ * page or entry besides. Row i of a request is the token at position end - rows + i. */
+typedef struct gemma4_requests {
+  int64_t batch;
+  int64_t rows;         /* query rows of each request, with cu_q the most; 0 to 16 */
+  int64_t capacity;     /* the most keys of a request */
+  int64_t total_rows;   /* of q and out, with cu_q; else 0 */
+  int64_t total_keys;   /* of k and v, with cu_k and without block_table; else 0 */
+  int64_t entries;      /* of the cache: contiguous ones, or pages; with total_keys of no meaning */
+  int64_t page_size;    /* rows of a page, with block_table; else 0 */
+  int64_t table_stride; /* elements from request to request of block_table */
+  const int32_t* cu_q;        /* (batch + 1): request b has rows cu_q[b] to cu_q[b + 1] of q; or null */
+  const int32_t* cu_k;        /* the same for keys; or null */
+  const int32_t* lengths;     /* (batch) keys in use; or null: capacity, or what cu_k says */
+  const int32_t* first;       /* (batch) the first key in use; or null: 0 */
+  const int32_t* entry;       /* (batch) the request's entry of the cache; or null: its own number */
+  const int32_t* block_table; /* (batch, pages of a request), or null */
+} gemma4_requests;
+
+/* A tensor (requests, entries or pages; rows; heads; head_dim) with a dense last dimension; strides in elements. */
+typedef struct gemma4_rows {
+  const void* data;
+  int64_t batch_stride; /* of requests, entries or pages */
+  int64_t row_stride;
+  int64_t head_stride;
+} gemma4_rows;
+
+/* What all attention over a cache has. */
+typedef struct gemma4_attention {
+  gemma4_requests requests;
+  gemma4_rows q;
+  gemma4_rows v; /* as q and keys: pointer 16-byte aligned, strides multiples of 8 */
+  void* out;     /* (requests; rows; heads; head_dim) like q, aligned to its elements */
+  int64_t out_batch_stride;
+  int64_t out_row_stride;
+  int64_t out_head_stride;
+  float* lse; /* natural log of the sum of exponentials (requests; heads; rows), dense rows */
+  int64_t lse_batch_stride;
+  int64_t lse_head_stride;
+  int64_t query_heads; /* a multiple of kv_heads */
+  int64_t kv_heads;
+  int64_t head_dim;
+  float scale;   /* of scores */
+  int32_t dtype; /* of q, the cache and out: gemma4_dtype */
+} gemma4_attention;
+
+/* Keys and values side by side, head_dim 64, 128 or 256. A row sees left neighbours on its left and right on its right, -1 for
+ * all; causal is right = 0. Scores become softcap * tanh(score / softcap) where softcap is not 0. A row that sees nothing gets
+ * zeros and -inf. The bits of a row depend on its own keys, their positions and the device only. */
+typedef struct gemma4_flash_decode_arguments {
+  gemma4_attention attention;
+  gemma4_rows k;
+  int64_t left;
+  int64_t right;
+  float softcap;
+} gemma4_flash_decode_arguments;
+
+/* Values alone, keys a function of them: k[j] = rope(v[j] * k_norm_weight, j), head_dim 128, 256 or 512. Pair (d, d + head_dim / 2)
+ * rotates by position * inv_freq[d]; row i of a request sees the keys up to its own token. Row j of a request is position j: cu_q,
+ * cu_k, first and entry are null. */
+typedef struct gemma4_k_eq_v_decode_arguments {
+  gemma4_attention attention;
+  const void* k_norm_weight;    /* (head_dim) */
+  const void* inv_freq;         /* (head_dim / 2) in radians per position, float, or double */
+  int32_t weight_dtype;         /* gemma4_dtype */
+  int32_t inv_freq_is_double;   /* 0 or 1 */
+} gemma4_k_eq_v_decode_arguments;
+
+/* The workspace is at most batch * query_heads * rows * slots * (head_dim + 1) * 4 bytes, slots bounded by the device. */
+GEMMA4_API gemma4_status gemma4_flash_decode_workspace(const gemma4_flash_decode_arguments* arguments, size_t* bytes);
+
+GEMMA4_API gemma4_status gemma4_flash_decode(const gemma4_flash_decode_arguments* arguments, void* workspace,
+                                             size_t workspace_bytes, gemma4_stream stream);
+
+GEMMA4_API gemma4_status gemma4_k_eq_v_decode_workspace(const gemma4_k_eq_v_decode_arguments* arguments, size_t* bytes);
+
+GEMMA4_API gemma4_status gemma4_k_eq_v_decode(const gemma4_k_eq_v_decode_arguments* arguments, void* workspace,
+                                              size_t workspace_bytes, gemma4_stream stream);
+
 /* Norms and the prologue of attention ------------------------------------------------------------------------------------------- */
 
 /* hidden = (residual + norm(x) * post_weight) * layer_scalar and normed = norm(hidden) * pre_weight, all of them (m, n), where

@@ -52,7 +52,7 @@ struct Reader {
   // group, at the bits that they have in any word.
   static __device__ __forceinline__ void deal(uint32_t& one, uint32_t& other) {
     const bool upper = threadIdx.x % 4 / 2;
-    const uint32_t got = ptx::of_lane_across(__byte_perm(one, other, upper ? 0x6420 : 0x7531), 2);
+    const uint32_t got = ptx::from_lane_across(__byte_perm(one, other, upper ? 0x6420 : 0x7531), 2);
     one = __byte_perm(one, got, upper ? 0x3514 : 0x5240);
     other = __byte_perm(other, got, upper ? 0x3716 : 0x7260);
   }

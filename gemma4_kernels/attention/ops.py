@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels import backends, checks
-from gemma4_kernels.attention import value_codes
+from gemma4_kernels.attention import cuda, value_codes
 from gemma4_kernels.backends import Call, Implementation
+from gemma4_kernels.cuda_common import support as cuda_support
 from gemma4_kernels.op_support import DECODE_ROWS, fp32_sums, refuse_backward
 from gemma4_kernels.triton_common import support
 
@@ -55,7 +56,8 @@ SCHEMAS = {
 # What a call needs --------------------------------------------------------------------------------------------------
 
 
-def _call(op: str, q: Tensor, rows: int, **wanted: bool) -> Call:
+def _call(op: str, q: Tensor, rows: int, *caches: Tensor, **wanted: bool) -> Call:
+    wanted["unaligned_cache"] = not all(map(cuda.is_aligned, caches))
     return Call(
         op=op,
         device_type=q.device.type,
@@ -72,7 +74,7 @@ def _describe_flash_attn(
     window_left: int, window_right: int, window_limits_blocks: bool,
 ) -> Call:  # fmt: skip
     return _call(
-        "flash_attn", q, q.shape[1], block_ids=block_ids is not None, softcap=softcap != 0,
+        "flash_attn", q, q.shape[1], k, v, block_ids=block_ids is not None, softcap=softcap != 0,
         window=window_left >= 0 or window_right > 0, blocks_beyond_window=not window_limits_blocks,
     )  # fmt: skip
 
@@ -82,7 +84,7 @@ def _describe_varlen(
     max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, softcap: float, window_left: int, window_right: int,
 ) -> Call:  # fmt: skip
     return _call(
-        "flash_attn_varlen", q, max_seqlen_q, paged=block_table is not None, softcap=softcap != 0,
+        "flash_attn_varlen", q, max_seqlen_q, k, v, paged=block_table is not None, softcap=softcap != 0,
         window=window_left >= 0 or window_right > 0,
     )  # fmt: skip
 
@@ -93,7 +95,7 @@ def _describe_kvcache(
     softcap: float, window_left: int, window_right: int, window_limits_blocks: bool, num_splits: int,
 ) -> Call:  # fmt: skip
     return _call(
-        "flash_attn_kvcache", q, q.shape[1], paged=block_table is not None, block_ids=block_ids is not None,
+        "flash_attn_kvcache", q, q.shape[1], k_cache, v_cache, paged=block_table is not None, block_ids=block_ids is not None,
         leftpad=cache_leftpad is not None, batch_idx=cache_batch_idx is not None, softcap=softcap != 0,
         window=window_left >= 0 or window_right > 0, blocks_beyond_window=not window_limits_blocks,
     )  # fmt: skip
@@ -113,7 +115,7 @@ def _describe_k_eq_v(
     block_table: Tensor | None, softmax_scale: float, values_scale: Tensor | None = None,
 ) -> Call:  # fmt: skip
     return _call(
-        "k_eq_v_attention", q, q.shape[1], paged=block_table is not None, **value_codes.feature(values)
+        "k_eq_v_attention", q, q.shape[1], values, paged=block_table is not None, **value_codes.feature(values)
     )  # fmt: skip
 
 
@@ -265,7 +267,7 @@ for _op, _schema in SCHEMAS.items():
     if not _appends:  # autograd formulas exist for ops that change none of their arguments
         torch.library.register_autograd(_name, refuse_backward(_op))
 
-_ALL_FEATURES = frozenset({"block_ids", "softcap", "window", "paged", "leftpad", "batch_idx", "blocks_beyond_window"})
+_ALL_FEATURES = cuda.FEATURES | {"block_ids", "blocks_beyond_window", "unaligned_cache"}
 
 for _op in DESCRIBERS:
     backends.register(
@@ -280,4 +282,17 @@ for _op in DESCRIBERS:
     )
     backends.register(
         support.implementation(_op, f"gemma4_kernels.attention.triton.backend:{_op}", _ALL_FEATURES, MAX_HEAD_DIM)
+    )
+
+for _op in ("flash_attn", "flash_attn_varlen", "flash_attn_kvcache", "k_eq_v_attention"):
+    backends.register(
+        Implementation(
+            op=_op,
+            backend="cuda",
+            entry=f"gemma4_kernels.attention.cuda:{_op}",
+            dtypes=frozenset({torch.bfloat16, torch.float16}),
+            features=cuda.FEATURES,
+            refuses=cuda.refuses,
+            only_by_name=cuda_support.only_by_name,
+        )
     )

@@ -46,6 +46,16 @@ def module_for(device: torch.device) -> Any:
     return module
 
 
+def run(function: Any, workspace_bytes: Any, arguments: Any, device: torch.device) -> None:
+    """A pair of functions of a compiled module, on the device's current stream, with the workspace that it asks for."""
+    on_gpu = device.type == "cuda"
+    with torch.cuda.device(device if on_gpu else -1):
+        nbytes = workspace_bytes(arguments)
+        workspace = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+        function(arguments, workspace.data_ptr(), nbytes, stream)
+
+
 def describe() -> dict[str, str]:
     """For `gemma4-kernels info`: what each compiled module is."""
     found = {}

@@ -107,12 +107,7 @@ def _call(name: str, arguments_class: str, x: Tensor, **rest: Any) -> None:
     arguments = getattr(module, arguments_class)(
         x=x.data_ptr(), x_stride=_step(x), m=x.shape[0], dtype=support.DTYPE_CODES[x.dtype], **rest
     )
-    on_gpu = x.device.type == "cuda"
-    with torch.cuda.device(x.device if on_gpu else -1):
-        nbytes = getattr(module, f"{name}_workspace")(arguments)
-        workspace = torch.empty(nbytes, dtype=torch.uint8, device=x.device)
-        stream = torch.cuda.current_stream(x.device).cuda_stream if on_gpu else 0
-        getattr(module, name)(arguments, workspace.data_ptr(), nbytes, stream)
+    support.run(getattr(module, name), getattr(module, f"{name}_workspace"), arguments, x.device)
 
 
 def _fields(weight: QuantizedWeight, device: torch.device) -> Any:

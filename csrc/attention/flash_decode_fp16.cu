@@ -1,0 +1,9 @@
+#include "flash_decode_instances.cuh"
+
+namespace gemma4::attention {
+
+std::string launch_flash_decode_fp16(const FlashParameters& parameters, int head_dim, void* stream) {
+  return launch_flash_decode<Fp16>(parameters, head_dim, stream);
+}
+
+}  // namespace gemma4::attention
