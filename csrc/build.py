@@ -32,7 +32,8 @@ KERNELS = (
     "linear/decode_offsets_bf16.cu", "linear/decode_offsets_fp16.cu",
     "linear/decode_table_bf16.cu", "linear/decode_table_fp16.cu", "linear/decode_wide_bf16.cu", "linear/decode_wide_fp16.cu",
     "attention/combine.cu", "attention/flash.cu", "attention/flash_decode_bf16.cu", "attention/flash_decode_fp16.cu",
-    "attention/k_eq_v.cu", "attention/k_eq_v_bf16.cu", "attention/k_eq_v_fp16.cu", "attention/prologue.cu",
+    "attention/k_eq_v.cu", "attention/k_eq_v_bf16.cu", "attention/k_eq_v_fp16.cu",
+    "attention/k_eq_v_codes_bf16.cu", "attention/k_eq_v_codes_fp16.cu", "attention/prologue.cu",
     "norms/sandwich_norm.cu",
     "verification/verification.cu", "verification/tiles.cu", "verification/rows.cu", "verification/residuals.cu",
 )  # fmt: skip
