@@ -63,9 +63,7 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-def quantized_linear(
-    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, residual: Tensor | None = None
-) -> Tensor:
+def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """x @ W.T (+ bias) (+ residual): (M, N) in x's dtype."""
     out = x.new_empty((x.shape[0], weight.shape[0]))
     x = _operand(x, weight)

@@ -1,5 +1,5 @@
-// Buffers of the programs here, and the numbers in them: heap blocks of exactly their size, so that AddressSanitizer sees the first
-// byte beyond.
+// Buffers of the programs here, and the numbers in them: heap blocks of exactly their size, so that AddressSanitizer sees the
+// first byte beyond.
 #pragma once
 
 #include <algorithm>

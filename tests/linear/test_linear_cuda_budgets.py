@@ -1,4 +1,7 @@
-"""The machine code of the compiled products, for cards that are not here: registers, memory, and instructions for the bytes."""
+"""The machine code of the compiled products, for cards that are not here: registers, memory, and instructions for the bytes.
+
+The fused forms are these kernels too: what becomes of the sums is decided after the main loop.
+"""
 
 from __future__ import annotations
 
