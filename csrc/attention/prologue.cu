@@ -102,7 +102,7 @@ __device__ __forceinline__ Halves load_halves(const void* head, int first, int h
 __device__ __forceinline__ Halves load_weights(const void* weight, int dtype, int first, int half, bool whole) {
   Halves w;
   load_eight(w.low, weight, dtype, first, half, whole);
-  load_eight(w.high, static_cast<const unsigned char*>(weight) + half * (dtype == GEMMA4_FP32 ? 4 : 2), dtype, first, half, whole);
+  load_eight(w.high, static_cast<const unsigned char*>(weight) + half * bytes_of(dtype), dtype, first, half, whole);
   return w;
 }
 
@@ -183,8 +183,6 @@ constexpr int64_t kMostElements = int64_t(1) << 60;  // from the first to the la
 struct Dim {
   int64_t size, stride;
 };
-
-int64_t bytes_of(int dtype) { return dtype == GEMMA4_FP32 ? 4 : 2; }
 
 // Checks of one call, and what the pointers and strides that have been seen come to.
 struct Arguments {

@@ -13,6 +13,8 @@ struct Fp32 {};
 
 constexpr int kEight = 8;
 
+__host__ __device__ __forceinline__ int bytes_of(int dtype) { return dtype == GEMMA4_FP32 ? 4 : 2; }
+
 template <class Type>
 struct Stored {
   using Bits = uint16_t;

@@ -33,8 +33,6 @@ struct Parameters {
   bool whole;  // every row and weight may be taken 16 bytes at a time
 };
 
-__host__ __device__ __forceinline__ int bytes_of(int dtype) { return dtype == GEMMA4_FP32 ? 4 : 2; }
-
 template <class Type>
 __device__ __forceinline__ const void* row_of(const void* base, int64_t stride) {
   return static_cast<const Bits<Type>*>(base) + blockIdx.x * stride;
