@@ -32,6 +32,7 @@ KERNELS = (
     "linear/decode_table_bf16.cu", "linear/decode_table_fp16.cu",
     "attention/combine.cu", "attention/flash.cu", "attention/flash_decode_bf16.cu", "attention/flash_decode_fp16.cu",
     "attention/k_eq_v.cu", "attention/k_eq_v_bf16.cu", "attention/k_eq_v_fp16.cu",
+    "attention/k_eq_v_codes_bf16.cu", "attention/k_eq_v_codes_fp16.cu",
 )  # fmt: skip
 BINDINGS = ("bindings/module.cpp", "bindings/linear.cpp", "bindings/attention.cpp")
 EMULATOR = ("emulator/fiber.cpp", "emulator/runtime.cpp", "emulator/collectives.cpp")

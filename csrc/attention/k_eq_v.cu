@@ -17,7 +17,30 @@ gemma4_status check_call_sizes(const gemma4_k_eq_v_decode_arguments* arguments) 
   if (a.head_dim != 128 && a.head_dim != 256 && a.head_dim != 512) {
     return kChecks.unsupported("head_dim must be 128, 256 or 512, got " + number(a.head_dim));
   }
+  if (arguments->codes < GEMMA4_CODES_NONE || arguments->codes > GEMMA4_CODES_INT8) {
+    return kChecks.unsupported("codes " + number(arguments->codes) + " has no kernel in this version");
+  }
+  if (arguments->codes != GEMMA4_CODES_NONE && a.head_dim == 256) {
+    return kChecks.unsupported("with codes head_dim must be 128 or 512, got 256");
+  }
   return GEMMA4_OK;
+}
+
+gemma4_status check_codes(const gemma4_k_eq_v_decode_arguments& arguments) {
+  const gemma4_rows& v = arguments.attention.v;
+  const gemma4_rows& scale = arguments.values_scale;
+  if (arguments.codes == GEMMA4_CODES_NONE) {
+    return scale.data == nullptr ? GEMMA4_OK : kChecks.invalid("values_scale must be null without codes");
+  }
+  for (const int64_t stride : {v.batch_stride, v.row_stride, v.head_stride}) {
+    if (stride % 16 != 0) return kChecks.invalid("strides of v must be multiples of 16 with codes, got " + number(stride));
+  }
+  for (const int64_t stride : {scale.batch_stride, scale.row_stride, scale.head_stride}) {
+    if (stride < 0 || stride > v.batch_stride + v.row_stride + v.head_stride) {
+      return kChecks.invalid("strides of values_scale must not be negative, or reach farther than those of v, got " + number(stride));
+    }
+  }
+  return kChecks.pointer("values_scale", scale.data, 4);
 }
 
 gemma4_status check(const gemma4_k_eq_v_decode_arguments& arguments) {
@@ -29,6 +52,9 @@ gemma4_status check(const gemma4_k_eq_v_decode_arguments& arguments) {
   if (!std::isfinite(a.scale)) return kChecks.invalid("scale must be a number");
   if (auto status = check_attention_tensors(kChecks, a)) return status;
   if (auto status = check_cache(kChecks, "v", a.v, a)) return status;
+  if (r.capacity > 0) {
+    if (auto status = check_codes(arguments)) return status;
+  }
   if (!is_dtype(arguments.weight_dtype)) return kChecks.invalid("weight_dtype " + number(arguments.weight_dtype) + " is no gemma4_dtype");
   if (auto status = kChecks.pointer("k_norm_weight", arguments.k_norm_weight, arguments.weight_dtype == GEMMA4_FP32 ? 4 : 2)) return status;
   if (arguments.inv_freq_is_double != 0 && arguments.inv_freq_is_double != 1) {
@@ -37,8 +63,9 @@ gemma4_status check(const gemma4_k_eq_v_decode_arguments& arguments) {
   return kChecks.pointer("inv_freq", arguments.inv_freq, arguments.inv_freq_is_double ? 8 : 4);
 }
 
-Strided strided(const gemma4_rows& rows) {
-  return {static_cast<const unsigned char*>(rows.data), 2 * rows.batch_stride, 2 * rows.row_stride, 2 * rows.head_stride};
+Strided strided(const gemma4_rows& rows, int element_bytes) {
+  return {static_cast<const unsigned char*>(rows.data), element_bytes * rows.batch_stride, element_bytes * rows.row_stride,
+          element_bytes * rows.head_stride};
 }
 
 // One wave of equal blocks leaves no multiprocessor idle, and multiples of a tile, other than powers of two, leave few blocks short.
@@ -57,8 +84,10 @@ gemma4_status run(const gemma4_k_eq_v_decode_arguments& arguments, void* workspa
   if (auto status = split(a, &p.requests, &p.splits)) return status;
   if (auto status = kChecks.workspace(workspace, workspace_bytes, parts_bytes(a, p.splits))) return status;
   p.parts = parts_in(workspace, a, p.splits);
-  p.q = strided(a.q);
-  p.values = strided(a.v);
+  const bool coded = arguments.codes != GEMMA4_CODES_NONE;
+  p.q = strided(a.q, 2);
+  p.values = strided(a.v, coded ? 1 : 2);
+  p.scales = strided(arguments.values_scale, 4);
   p.weight = arguments.k_norm_weight;
   p.inv_freq = arguments.inv_freq;
   p.weight_dtype = arguments.weight_dtype;
@@ -69,7 +98,10 @@ gemma4_status run(const gemma4_k_eq_v_decode_arguments& arguments, void* workspa
   p.scale = a.scale;
   const bool is_bf16 = a.dtype == GEMMA4_BF16;
   std::string problem;
-  if (p.requests.capacity > 0) problem = (is_bf16 ? launch_bf16 : launch_fp16)(p, int(a.head_dim), stream);
+  if (p.requests.capacity > 0) {
+    problem = coded ? (is_bf16 ? launch_codes_bf16 : launch_codes_fp16)(p, arguments.codes, int(a.head_dim), stream)
+                    : (is_bf16 ? launch_bf16 : launch_fp16)(p, int(a.head_dim), stream);
+  }
   if (problem.empty()) problem = launch_combine(p.requests, p.splits, p.parts, results_of(a), is_bf16, stream);
   return kChecks.launched(problem);
 }

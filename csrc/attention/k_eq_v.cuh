@@ -54,6 +54,7 @@ struct Parameters {
   Splits splits;
   Parts parts;
   Strided q, values;
+  Strided scales;        // of values in 8 bits
   const void* weight;    // (D)
   const void* inv_freq;  // (D / 2)
   int weight_dtype;      // gemma4_dtype
@@ -129,43 +130,42 @@ struct Finder {
     key += kKeys;
   }
 
-  // Bytes from the first value, or -1 for what is beyond the keys.
-  __device__ __forceinline__ int64_t take(const Strided& values) {
-    const int64_t row = place.entry < 0 ? -1 : place.entry * values.batch_stride + place.row * values.row_stride;
+  // The place of the lane's key of the next tile; the entry is -1 for what is beyond the keys.
+  __device__ __forceinline__ Place take() {
+    const Place taken = place;
     look();
-    return row;
+    return taken;
   }
 };
 
 // A cache of the type that is multiplied: rows are copied as they are. Other kinds have the same two functions: `begin` asks for a
-// tile, `finish` puts it into its slot.
+// tile, `finish` puts it into its slot, after everyone has left that. What is copied is under way from the moment that a slot is free;
+// what comes through registers waits until scores need none.
 template <class Number, int D>
 struct PlainCache {
   using Type = Number;
-  static constexpr int kElementBytes = 2;
+  static constexpr bool kIsCopied = true;
   static constexpr int kRowChunks = D / 8;
   static constexpr int kStep = kThreads / kRowChunks;  // rows that all threads cover with one chunk each
   static constexpr int kCopies = kKeys / kStep;
 
+  const Parameters& p;
   const unsigned char* values;
-  int row, target;
+  int row, chunk;
 
-  __device__ PlainCache(const Parameters& p, const Work& w) {
-    const int chunk = threadIdx.x % kRowChunks;
-    row = threadIdx.x / kRowChunks;
+  __device__ PlainCache(const Parameters& parameters, const Work& w)
+      : p(parameters), row(threadIdx.x / kRowChunks), chunk(threadIdx.x % kRowChunks) {
     values = p.values.data + w.kv_head * p.values.head_stride + chunk * 16;
-    target = row * Layout<D>::kRowBytes;
-    // Copies of a thread are kStep rows apart; below 8 of them the permutation differs from copy to copy.
-    static_assert(kStep % 4 == 0, "");
   }
 
-  // `mine` is the row of the lane's key.
-  __device__ __forceinline__ void begin(unsigned char* slot, int64_t mine) const {
-    const int chunk = threadIdx.x % kRowChunks;
+  // `place` is that of the lane's key.
+  __device__ __forceinline__ void begin(unsigned char* slot, Place place) const {
+    const int64_t mine = place.entry < 0 ? -1 : place.entry * p.values.batch_stride + place.row * p.values.row_stride;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int64_t source = ptx::from_lane(mine, row + i * kStep);
-      unsigned char* to = slot + target + i * kStep * Layout<D>::kRowBytes + (chunk ^ (row + i * kStep) % 8) * 16;
+      const int key = row + i * kStep;
+      const int64_t source = ptx::from_lane(mine, key);
+      unsigned char* to = slot + key * Layout<D>::kRowBytes + (chunk ^ key % 8) * 16;
       ptx::copy_16(to, values + (source < 0 ? 0 : source), source < 0 ? 0 : 16);
     }
   }
@@ -516,7 +516,7 @@ __device__ __forceinline__ void store(const Parameters& p, const Work& w, const 
 
 // The kernel ------------------------------------------------------------------------------------------------------------------
 
-// Walks over the tiles, of which two have been asked for.
+// Walks over the tiles, of which the first have been asked for.
 template <class Cache, int D, int TILES, bool ANY>
 __device__ __forceinline__ void walk(const Parameters& p, const Work& w, Finder& finder, Cache& cache, unsigned char* shared,
                                      int rotating) {
@@ -536,11 +536,12 @@ __device__ __forceinline__ void walk(const Parameters& p, const Work& w, Finder&
       ptx::wait<0>();
     }
     __syncthreads();  // everyone's copies of this tile have arrived, and everyone has left the other slot
-    if (tile > 0) {
-      cache.begin(other, finder.take(p.values));
+    if (Cache::kIsCopied && tile > 0) {
+      cache.begin(other, finder.take());
       ptx::commit();
     }
     scorer.template score<ANY>(slot, first, shared);
+    if (!Cache::kIsCopied) cache.begin(other, finder.take());
     __syncthreads();  // all parts of the scores are there
     softmax.fold(shared, first);
     __syncthreads();  // weights and factors are there
@@ -556,10 +557,10 @@ __device__ __forceinline__ void attend(const Parameters& p, const Work& w, unsig
   using Map = Layout<D>;
   Finder finder(p.requests, w);
   Cache cache(p, w);
-  cache.begin(shared, finder.take(p.values));
+  cache.begin(shared, finder.take());
   cache.finish(shared);
   ptx::commit();
-  cache.begin(shared + Map::kTileBytes, finder.take(p.values));
+  if (Cache::kIsCopied) cache.begin(shared + Map::kTileBytes, finder.take());
   ptx::commit();
   const int rotating = order_steps<D>(p, shared + Map::kOrder);
   if (Map::kSteps == 1 || rotating <= kWarps) {

@@ -9,4 +9,8 @@ namespace gemma4::attention::k_eq_v {
 std::string launch_bf16(const Parameters& parameters, int head_dim, void* stream);
 std::string launch_fp16(const Parameters& parameters, int head_dim, void* stream);
 
+// The same for values in 8 bits, `codes` a gemma4_codes, and head_dim 128 or 512.
+std::string launch_codes_bf16(const Parameters& parameters, int codes, int head_dim, void* stream);
+std::string launch_codes_fp16(const Parameters& parameters, int codes, int head_dim, void* stream);
+
 }  // namespace gemma4::attention::k_eq_v

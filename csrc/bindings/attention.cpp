@@ -30,8 +30,9 @@ gemma4_flash_decode_arguments flash_decode(const gemma4_attention& attention, co
 }
 
 gemma4_k_eq_v_decode_arguments k_eq_v_decode(const gemma4_attention& attention, uintptr_t k_norm_weight, int32_t weight_dtype,
-                                             uintptr_t inv_freq, bool inv_freq_is_double) {
-  return {attention, pointer(k_norm_weight), pointer(inv_freq), weight_dtype, inv_freq_is_double};
+                                             uintptr_t inv_freq, bool inv_freq_is_double, int32_t codes,
+                                             const gemma4_rows& values_scale) {
+  return {attention, pointer(k_norm_weight), pointer(inv_freq), weight_dtype, inv_freq_is_double, codes, values_scale};
 }
 
 }  // namespace
@@ -55,7 +56,7 @@ void define_attention(py::module_& module) {
   define_call(module, "flash_decode", &gemma4_flash_decode_workspace, &gemma4_flash_decode);
   py::class_<gemma4_k_eq_v_decode_arguments>(module, "KEqVDecodeArguments", py::module_local())
       .def(py::init(&k_eq_v_decode), py::kw_only(), py::arg("attention"), py::arg("k_norm_weight"), py::arg("weight_dtype"),
-           py::arg("inv_freq"), py::arg("inv_freq_is_double"));
+           py::arg("inv_freq"), py::arg("inv_freq_is_double"), py::arg("codes"), py::arg("values_scale"));
   define_call(module, "k_eq_v_decode", &gemma4_k_eq_v_decode_workspace, &gemma4_k_eq_v_decode);
 }
 

@@ -121,10 +121,21 @@ __device__ __forceinline__ float exp2_fast(float x) {
 // The value of the lane whose number differs in the bits of a mask: four lanes share a row of an mma's result.
 __device__ __forceinline__ float from_lane_across(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 
+// 16 bytes through registers, past L1 like the copies; volatile, or the compiler would ask for them before others need no registers.
+__device__ __forceinline__ uint4 load_16_once(const void* global) {
+  uint4 data;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(data.x), "=r"(data.y), "=r"(data.z), "=r"(data.w)
+               : "l"(global)
+               : "memory");
+  return data;
+}
+
 // The value of any lane: each finds an address for all.
 __device__ __forceinline__ int64_t from_lane(int64_t value, int lane) {
   return __shfl_sync(~0u, static_cast<long long>(value), lane);
 }
+__device__ __forceinline__ float from_lane(float value, int lane) { return __shfl_sync(~0u, value, lane); }
 
 // The same pointer, of which the compiler no longer knows how it was made: it would make it again at every use, to save a register.
 template <class Target>

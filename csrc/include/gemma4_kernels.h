@@ -148,15 +148,24 @@ typedef struct gemma4_flash_decode_arguments {
   float softcap;
 } gemma4_flash_decode_arguments;
 
+/* Values in 8 bits: a value is code * scale, rounded to the dtype of q. */
+typedef enum gemma4_codes {
+  GEMMA4_CODES_NONE = 0,   /* the dtype of q */
+  GEMMA4_CODES_FLOAT8 = 1, /* e4m3 without infinities */
+  GEMMA4_CODES_INT8 = 2
+} gemma4_codes;
+
 /* Values alone, keys a function of them: k[j] = rope(v[j] * k_norm_weight, j), head_dim 128, 256 or 512. Pair (d, d + head_dim / 2)
  * rotates by position * inv_freq[d]; row i of a request sees the keys up to its own token. Row j of a request is position j: cu_q,
- * cu_k, first and entry are null. */
+ * cu_k, first and entry are null. With codes, head_dim is 128 or 512 and strides of v are multiples of 16. */
 typedef struct gemma4_k_eq_v_decode_arguments {
   gemma4_attention attention;
   const void* k_norm_weight;    /* (head_dim) */
   const void* inv_freq;         /* (head_dim / 2) in radians per position, float, or double */
   int32_t weight_dtype;         /* gemma4_dtype */
   int32_t inv_freq_is_double;   /* 0 or 1 */
+  int32_t codes;                /* gemma4_codes */
+  gemma4_rows values_scale;     /* float, of a row and head of v where the strides say so; without codes null */
 } gemma4_k_eq_v_decode_arguments;
 
 /* Functions ------------------------------------------------------------------------------------------------------------- */

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma4_kernels.attention import value_codes
 from gemma4_kernels.backends import Call
 from gemma4_kernels.cuda_common import support
 from gemma4_kernels.op_support import DECODE_ROWS
 
 FLASH_HEAD_DIMS = (64, 128, 256)
 K_EQ_V_HEAD_DIMS = (128, 256, 512)
+CODED_HEAD_DIMS = (128, 512)  # of values in 8 bits
 # Not block_ids: blocks of images belong to prompts, and a row that decodes has none.
 FEATURES = frozenset({"softcap", "window", "paged", "leftpad", "batch_idx"})
+CODES = {"float8_values": 1, "int8_values": 2}  # gemma4_codes of a feature
 _ALIGNMENT = 16  # bytes: the copies of a kernel
 
 
@@ -27,7 +30,9 @@ def refuses(call: Call) -> str | None:
         return reason
     if call.shape_class.startswith("prefill"):
         return f"goes to {DECODE_ROWS} rows"
-    served = K_EQ_V_HEAD_DIMS if call.op == "k_eq_v_attention" else FLASH_HEAD_DIMS
+    served = FLASH_HEAD_DIMS
+    if call.op == "k_eq_v_attention":
+        served = CODED_HEAD_DIMS if call.features & CODES.keys() else K_EQ_V_HEAD_DIMS
     if call.head_dim and call.head_dim not in served:  # `info` asks for none in particular
         return f"has head_dim {', '.join(map(str, served))}, the call has {call.head_dim}"
     return None
@@ -90,10 +95,16 @@ def k_eq_v_attention(
         module, q, values, softmax_scale, batch=q.shape[0], rows=q.shape[1], capacity=capacity_of(values, block_table),
         lengths=cache_seqlens, block_table=block_table,
     )  # fmt: skip
+    if values_scale is None:
+        codes, scale_rows = 0, module.Rows(0, 0, 0, 0)
+    else:
+        codes = CODES[value_codes.FEATURES[values.dtype]]
+        values_scale = values_scale.contiguous().expand(values.shape[:-1])  # a scale for every row, or one for all of a head
+        scale_rows = rows_of(module, values_scale.unsqueeze(-1))
     arguments = module.KEqVDecodeArguments(
         attention=call.attention, k_norm_weight=k_norm_weight.data_ptr(),
         weight_dtype=support.DTYPE_CODES[k_norm_weight.dtype], inv_freq=inv_freq.data_ptr(),
-        inv_freq_is_double=inv_freq.dtype == torch.float64,
+        inv_freq_is_double=inv_freq.dtype == torch.float64, codes=codes, values_scale=scale_rows,
     )  # fmt: skip
     support.run(module.k_eq_v_decode, module.k_eq_v_decode_workspace, arguments, q.device)
     return call.out, call.lse

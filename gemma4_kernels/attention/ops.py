@@ -291,7 +291,7 @@ for _op in ("flash_attn", "flash_attn_varlen", "flash_attn_kvcache", "k_eq_v_att
             backend="cuda",
             entry=f"gemma4_kernels.attention.cuda:{_op}",
             dtypes=frozenset({torch.bfloat16, torch.float16}),
-            features=cuda.FEATURES,
+            features=cuda.FEATURES | (cuda.CODES.keys() if _op == "k_eq_v_attention" else frozenset()),
             refuses=cuda.refuses,
             only_by_name=cuda_support.only_by_name,
         )

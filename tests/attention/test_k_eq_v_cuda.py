@@ -13,7 +13,7 @@ import torch
 from emulated import DTYPES, _emulate, needs_emulator  # noqa: F401
 
 from gemma4_kernels import BackendError, k_eq_v_attention, reference
-from gemma4_kernels.attention import cuda
+from gemma4_kernels.attention import cuda, value_codes
 from gemma4_kernels.bench import inputs as draw
 from gemma4_kernels.bench import validation
 from gemma4_kernels.bench.cases import attention_cases
@@ -139,6 +139,45 @@ def test_the_last_positions_of_the_longest_cache():
     plain = reference.plain_k_eq_v_attention(q, cache, call.weight, call.inv_freq)
     for result, expected, ordinary in zip(got, exact, plain, strict=True):
         assert (verdict := judge(result, expected, ordinary)).ok, str(verdict)
+
+
+# Values in 8 bits ---------------------------------------------------------------------------------------------------
+
+CODES = [torch.float8_e4m3fn, torch.int8]
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("page_size", [0, 24])
+def test_codes_have_the_bits_of_the_values_that_they_stand_for(codes, dtype, page_size):
+    call = drawn(3, 75, batch=2, kv_heads=2, group=5, dtype=dtype)
+    scale = value_codes.FLOAT8_SCALE * torch.tensor([1.0, 0.7])
+    coded, scale = value_codes.encode(call.values, codes, scale)
+    values = value_codes.decode(coded, scale).to(dtype)
+    options = {"cache_seqlens": torch.tensor([75, 40], dtype=torch.int32), "return_lse": True}
+    expected = k_eq_v_attention(call.q, values, *call[2:], **options)
+    if page_size:
+        coded, table = draw.scattered_pages(coded.float(), page_size, draw.generator(3))
+        coded = coded.nan_to_num(0).to(codes)
+        if codes == torch.int8:
+            scale = draw.scattered_pages(scale.unsqueeze(-1), page_size, draw.generator(3))[0].squeeze(-1)
+        options["block_table"] = table
+    got = k_eq_v_attention(call.q, coded, *call[2:], values_scale=scale, **options)
+    assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+def test_every_code_of_a_full_layer(codes):
+    """A key alone, so that out is its value; and a code that is no number."""
+    every = torch.arange(256, dtype=torch.uint8).repeat(2)[None, None, None].view(codes)  # (1, 1, 1, 512)
+    is_number = ~every.float().isnan()
+    numbers = torch.where(is_number, every.float(), 0).to(codes)
+    scale = torch.tensor([0.37]) if codes == torch.float8_e4m3fn else torch.full((1, 1, 1), 0.37)
+    q, _, *weights = drawn(head_dim=512)
+    out = k_eq_v_attention(q, numbers, *weights, values_scale=scale)
+    assert torch.equal(out, value_codes.decode(numbers, scale).to(q.dtype).expand_as(out))
+    if not is_number.all():
+        assert bool(k_eq_v_attention(q, every, *weights, values_scale=scale).isnan().all())
 
 
 # Where rows lie -----------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ struct Shape {
   int dtype;
   int64_t rotating;              // pairs, from pair 0 on
   int64_t first_pair = 0;
+  int codes = GEMMA4_CODES_NONE;
 };
 
 // A heap block with its first byte at a multiple of 16.
@@ -61,7 +62,7 @@ float from_half(uint16_t bits, int dtype) {
 struct Call {
   Shape s;
   int64_t batch, heads, pages;  // pages of a request
-  Block q, values, table, lengths, weight, inv_freq, out, lse;
+  Block q, values, scales, table, lengths, weight, inv_freq, out, lse;
   gemma4_k_eq_v_decode_arguments arguments{};
 
   Call(const Shape& shape, unsigned seed)
@@ -70,7 +71,8 @@ struct Call {
         heads(s.kv_heads * s.group),
         pages(s.page_size == 0 ? 0 : (s.capacity + s.page_size - 1) / s.page_size),
         q(2 * batch * s.rows * heads * s.dim),
-        values(2 * batch * (s.page_size == 0 ? s.capacity : pages * s.page_size) * s.kv_heads * s.dim),
+        values((s.codes == GEMMA4_CODES_NONE ? 2 : 1) * cache_rows() * s.kv_heads * s.dim),
+        scales(s.codes == GEMMA4_CODES_NONE ? 0 : 4 * cache_rows() * s.kv_heads),
         table(4 * batch * pages),
         lengths(4 * batch),
         weight(4 * s.dim),
@@ -90,7 +92,20 @@ struct Call {
         table.as<int32_t>()[b * pages + page] = page * s.page_size < length(b) ? order[size_t(b * pages + page)] : int32_t(random());
       }
       for (int64_t key = 0; key < length(b); ++key) {
-        for (int64_t i = 0; i < s.kv_heads * s.dim; ++i) row(b, key)[i] = to_half(normal(random), s.dtype);
+        for (int64_t i = 0; i < s.kv_heads * s.dim; ++i) {
+          const int64_t at = place(b, key) * s.kv_heads * s.dim + i;
+          if (s.codes == GEMMA4_CODES_NONE) {
+            values.as<uint16_t>()[at] = to_half(normal(random), s.dtype);
+          } else {
+            values.data[at] = uint8_t(random() % 255 % 127 + 128 * (random() % 2));  // no NaN
+          }
+        }
+        if (s.codes != GEMMA4_CODES_NONE) {
+          for (int64_t head = 0; head < s.kv_heads; ++head) {
+            const float largest = s.codes == GEMMA4_CODES_INT8 ? 128 : 448;
+            scales.as<float>()[place(b, key) * s.kv_heads + head] = 2 / largest * (1 + float(random() % 100) / 100);
+          }
+        }
       }
     }
     for (int64_t i = 0; i < s.dim; ++i) weight.as<float>()[i] = 0.12f * (1 + 0.2f * normal(random));
@@ -126,16 +141,33 @@ struct Call {
     arguments.k_norm_weight = weight.data;
     arguments.weight_dtype = GEMMA4_FP32;
     arguments.inv_freq = inv_freq.data;
+    arguments.codes = s.codes;
+    if (s.codes != GEMMA4_CODES_NONE) {
+      arguments.values_scale = {scales.data, a.v.batch_stride / s.dim, s.kv_heads, 1};
+    }
   }
 
   int64_t length(int64_t b) const {
     return std::clamp<int64_t>(s.lengths[size_t(b)], 0, s.page_size == 0 ? s.capacity : pages * s.page_size);
   }
 
-  uint16_t* row(int64_t b, int64_t key) const {
-    int64_t place = b * s.capacity + key;
-    if (s.page_size != 0) place = table.as<int32_t>()[b * pages + key / s.page_size] * s.page_size + key % s.page_size;
-    return values.as<uint16_t>() + place * s.kv_heads * s.dim;
+  int64_t cache_rows() const { return batch * (s.page_size == 0 ? s.capacity : pages * s.page_size); }
+
+  // The row of the cache that a key has.
+  int64_t place(int64_t b, int64_t key) const {
+    if (s.page_size == 0) return b * s.capacity + key;
+    return table.as<int32_t>()[b * pages + key / s.page_size] * s.page_size + key % s.page_size;
+  }
+
+  double value(int64_t b, int64_t key, int64_t kv_head, int64_t d) const {
+    const int64_t at = (place(b, key) * s.kv_heads + kv_head) * s.dim + d;
+    if (s.codes == GEMMA4_CODES_NONE) return from_half(values.as<uint16_t>()[at], s.dtype);
+    const uint8_t code = values.data[at];
+    const int exponent = code >> 3 & 15, fraction = code & 7;
+    const double magnitude = exponent == 0 ? std::ldexp(fraction, -9) : std::ldexp(8 + fraction, exponent - 10);
+    const double number = s.codes == GEMMA4_CODES_INT8 ? double(int8_t(code)) : code & 0x80 ? -magnitude : magnitude;
+    const float scale = scales.as<float>()[place(b, key) * s.kv_heads + kv_head];
+    return from_half(to_half(float(number) * scale, s.dtype), s.dtype);
   }
 
   gemma4_status run() {
@@ -179,10 +211,9 @@ struct Call {
           const int64_t place = (b * s.rows + i) * heads + head, seen = std::max<int64_t>(0, length(b) - s.rows + i + 1);
           std::vector<double> scores, sums(size_t(s.dim)), sizes(size_t(s.dim));
           for (int64_t key = 0; key < seen; ++key) {
-            const uint16_t* v = row(b, key) + head / s.group * s.dim;
             double score = 0;
             for (int64_t pair = 0; pair < half; ++pair) {
-              const double low = from_half(v[pair], s.dtype), high = from_half(v[pair + half], s.dtype);
+              const double low = value(b, key, head / s.group, pair), high = value(b, key, head / s.group, pair + half);
               const double q_low = from_half(q.as<uint16_t>()[place * s.dim + pair], s.dtype);
               const double q_high = from_half(q.as<uint16_t>()[place * s.dim + pair + half], s.dtype);
               const double w_low = weight.as<float>()[pair], w_high = weight.as<float>()[pair + half];
@@ -202,10 +233,10 @@ struct Call {
           for (int64_t key = 0; key < seen; ++key) {
             const double p = std::exp(scores[size_t(key)] - highest);
             total += p;
-            const uint16_t* v = row(b, key) + head / s.group * s.dim;
             for (int64_t d = 0; d < s.dim; ++d) {
-              sums[size_t(d)] += p * from_half(v[d], s.dtype);
-              sizes[size_t(d)] += p * std::fabs(from_half(v[d], s.dtype));
+              const double v = value(b, key, head / s.group, d);
+              sums[size_t(d)] += p * v;
+              sizes[size_t(d)] += p * std::fabs(v);
             }
           }
           const float got_lse = lse.as<float>()[(b * heads + head) * s.rows + i];
@@ -233,6 +264,9 @@ int check_shapes() {
       {256, 3, 2, 2, 35, {35, 0}, 48, GEMMA4_BF16, 9, 60},
       {512, 1, 16, 3, 97, {97}, 32, GEMMA4_BF16, 64},
       {512, 1, 4, 1, 65, {65}, 0, GEMMA4_FP16, 0},
+      {128, 2, 4, 3, 70, {70, 33}, 16, GEMMA4_BF16, 16, 0, GEMMA4_CODES_FLOAT8},
+      {128, 1, 8, 2, 45, {45, 7}, 0, GEMMA4_FP16, 16, 0, GEMMA4_CODES_INT8},
+      {512, 1, 16, 2, 40, {40}, 0, GEMMA4_BF16, 64, 0, GEMMA4_CODES_INT8},
   };
   unsigned seed = 0;
   for (const Shape& shape : shapes) {
@@ -276,7 +310,7 @@ void spoil(gemma4_k_eq_v_decode_arguments& arguments, std::mt19937& random) {
   const int kinds[] = {-1, 3, 7, INT32_MAX, INT32_MIN};
   const int kind = kinds[random() % std::size(kinds)];
   const int32_t* odd = reinterpret_cast<const int32_t*>(reinterpret_cast<const unsigned char*>(r.lengths) + 2);
-  switch (random() % 24) {
+  switch (random() % 26) {
     case 0: r.batch = size; break;
     case 1: r.rows = random() % 2 ? 17 : size; break;
     case 2: r.capacity = size; break;
@@ -300,6 +334,8 @@ void spoil(gemma4_k_eq_v_decode_arguments& arguments, std::mt19937& random) {
     case 20: a.scale = random() % 2 ? NAN : INFINITY; break;
     case 21: (random() % 2 ? a.dtype : arguments.weight_dtype) = kind; break;
     case 22: arguments.k_norm_weight = moved(arguments.k_norm_weight); break;
+    case 23: arguments.codes = random() % 2 ? kind : GEMMA4_CODES_INT8; break;  // of a cache that has no scales
+    case 24: arguments.values_scale.data = r.lengths; break;
     default:
       arguments.inv_freq_is_double = random() % 2 ? kind : 0;
       if (arguments.inv_freq_is_double == 0) arguments.inv_freq = moved(arguments.inv_freq);
