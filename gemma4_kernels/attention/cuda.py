@@ -30,7 +30,7 @@ def refuses(call: Call) -> str | None:
         return reason
     if call.shape_class.startswith("prefill"):
         return f"goes to {DECODE_ROWS} rows"
-    served = FLASH_HEAD_DIMS
+    served: tuple[int, ...] = FLASH_HEAD_DIMS
     if call.op == "k_eq_v_attention":
         served = CODED_HEAD_DIMS if call.features & CODES.keys() else K_EQ_V_HEAD_DIMS
     if call.head_dim and call.head_dim not in served:  # `info` asks for none in particular
@@ -99,7 +99,8 @@ def k_eq_v_attention(
         codes, scale_rows = 0, module.Rows(0, 0, 0, 0)
     else:
         codes = CODES[value_codes.FEATURES[values.dtype]]
-        values_scale = values_scale.contiguous().expand(values.shape[:-1])  # a scale for every row, or one for all of a head
+        # A scale for every row, or one for all of a head.
+        values_scale = values_scale.contiguous().expand(values.shape[:-1])
         scale_rows = rows_of(module, values_scale.unsqueeze(-1))
     arguments = module.KEqVDecodeArguments(
         attention=call.attention, k_norm_weight=k_norm_weight.data_ptr(),
