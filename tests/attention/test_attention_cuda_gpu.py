@@ -1,0 +1,111 @@
+"""The compiled attention over a cache on the GPU that is there: values and row bits at sizes of the 12B; streams and graphs."""
+
+from __future__ import annotations
+
+import pytest
+import row_bits
+import torch
+from row_bits import Setting
+
+from gemma4_kernels import RingCache, flash_attn_with_kvcache, k_eq_v_attention, use_backend
+from gemma4_kernels.bench import validation
+from gemma4_kernels.bench.cases import parse
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+SLIDING = Setting(DEVICE, torch.bfloat16, hq=16, hkv=8, d=256, keys=4000, window=1023)
+FULL = Setting(DEVICE, torch.bfloat16, hq=16, hkv=1, d=512, keys=4000, window=-1)
+PACKED = "1:1+7:7+3:130+5:4000+0:9+16:1700"
+CASES = (
+    *(f"flash_attn_func(sq={rows},sk=32768,{window}right=0)" for rows in (1, 5, 16) for window in ("left=1023,", "")),
+    "flash_attn_func(b=16,sq=5,sk=4096,dtype=fp16,left=1023,right=0)",
+    "flash_attn_func(sq=5,sk=1030,right=0,softcap=5.0)",
+    *(f"flash_attn_varlen_func(left=1023,right=0,lengths={PACKED},page={page})" for page in (0, 16)),
+    "flash_attn_with_kvcache(sq=5,left=1023,right=0,lengths=5+700+4130+40,page=64)",
+    *(f"k_eq_v_attention(sq={rows},sk=32768,hkv=1,d=512)" for rows in (1, 5, 16)),
+    "k_eq_v_attention(b=16,sq=5,sk=4096,hkv=1,d=512,dtype=fp16)",
+    "k_eq_v_attention(sq=5,hkv=1,d=512,lengths=5+700+4130+40,page=16)",
+    *(f"k_eq_v_attention(sq={rows},sk=32768,hkv=1,d=512,cache={codes})" for rows in (1, 5) for codes in ("fp8", "int8")),
+    "k_eq_v_attention(sq=5,hkv=1,d=512,lengths=5+700+4130+40,page=16,cache=fp8)",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _cuda_backend():
+    with use_backend("cuda"):
+        yield
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_case_is_held(case):
+    (found,) = validation.check_case(parse(case), ["cuda"], torch.device(DEVICE))
+    assert (found.status, found.reasons) == ("held", ())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("keys", [17, 1030, 4000, 32768])
+def test_rows_alone(keys, dtype):
+    for window in (1023, -1):
+        row_bits.assert_rows_alone(SLIDING._replace(keys=keys, dtype=dtype, window=window))
+    row_bits.assert_k_eq_v_rows_alone(FULL._replace(keys=keys, dtype=dtype))
+
+
+def test_any_batch_pages_and_padding():
+    row_bits.assert_any_batch(SLIDING)
+    row_bits.assert_padding_in_front(SLIDING)
+    for page_size in (16, 64):
+        row_bits.assert_pages(SLIDING, page_size)
+
+
+def test_a_ring_gives_the_bits_of_a_cache_that_holds_everything():
+    ring = RingCache.allocate(1, 1024, SLIDING.hkv, SLIDING.d, dtype=SLIDING.dtype, device=DEVICE)
+    q, k, v = SLIDING.drawn()
+    table, lengths = ring.block_table(SLIDING.keys), torch.tensor([SLIDING.keys], dtype=torch.int32, device=DEVICE)
+    kept = torch.arange(SLIDING.keys - ring.capacity, SLIDING.keys, device=DEVICE)
+    for of_ring, whole in ((ring.k, k), (ring.v, v)):
+        of_ring[:, kept % ring.capacity] = whole[:, kept]
+    options = {"cache_seqlens": lengths, "causal": True, "return_lse": True, **SLIDING.options}
+    expected = flash_attn_with_kvcache(q, k, v, **options)
+    got = flash_attn_with_kvcache(q, *ring.pages(), block_table=table, **options)
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def calls():
+    """A step of a sliding and of a full layer over lengths that may change: (run, lengths)."""
+    q, k, v = SLIDING.drawn(batch=2)
+    full_q, _, values = FULL.drawn(batch=2)
+    q, full_q = q[:, :5].contiguous(), full_q[:, :5].contiguous()
+    weights, lengths = FULL.weights(), torch.tensor([100, 3000], dtype=torch.int32, device=DEVICE)
+
+    def run():
+        return (
+            flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, **SLIDING.options),
+            k_eq_v_attention(full_q, values, *weights, cache_seqlens=lengths),
+        )
+
+    return run, lengths
+
+
+def test_another_stream():
+    run, _ = calls()
+    expected = run()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = run()
+    stream.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def test_a_captured_graph_follows_lengths_that_change():
+    """Nothing in a call waits for the device, or allocates by what it holds."""
+    run, lengths = calls()
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for new in ([7, 4000], [2049, 64]):
+        lengths.copy_(torch.tensor(new, dtype=torch.int32))
+        graph.replay()
+        assert all(torch.equal(one, other) for one, other in zip(captured, run(), strict=True))

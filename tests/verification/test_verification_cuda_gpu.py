@@ -1,0 +1,105 @@
+"""The compiled verification on the GPU that is there: the eager backend's bits over the whole vocabulary; streams, graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from verification_helpers import _NAMES, FILTERS, each, planned, randn, rows_of_logits, sampled_drafts
+
+from gemma4_kernels import sample_tokens, use_backend, verify_drafts
+from gemma4_kernels.geometry import GEMMA4_12B
+from gemma4_kernels.verification import cuda, eager
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+VOCABULARY = GEMMA4_12B.vocab_size
+COUNT = len(FILTERS)
+METHODS = ["match", "rejection", "block"]
+
+
+@pytest.fixture(autouse=True)
+def _cuda_backend():
+    with use_backend("cuda"):
+        yield
+
+
+def moved(arguments):
+    return tuple(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)
+
+
+def assert_eager(arguments) -> None:
+    """The eager backend computes on the CPU: its bits are the same everywhere."""
+    got, expected = cuda.verify_drafts(*moved(arguments)), eager.verify_drafts(*arguments)
+    for name, mine, theirs in zip(_NAMES, got, expected, strict=True):
+        assert torch.equal(mine.cpu(), theirs), f"{name}: {mine.tolist()}, the eager backend says {theirs.tolist()}"
+
+
+def drafts_of(method: str, rows: int, size: int, dtype: torch.dtype):
+    """Arguments of a call with COUNT requests, each with filters of its own."""
+    logits = randn(COUNT, rows + 1, size).to(dtype)
+    # Near the target's, so that some drafts are taken.
+    draft_logits = (logits[:, :rows].float() + 0.3 * randn(COUNT, rows, size, seed=1)).to(dtype)
+    seeds, filters = torch.arange(COUNT), each(*FILTERS)
+    drafts = sampled_on_the_cpu(draft_logits, seeds, filters)
+    given = {} if method == "match" else {"draft_logits": draft_logits}
+    lengths = torch.arange(COUNT) % (rows + 1)
+    return planned(logits, drafts, lengths, seeds=seeds, method=method, eos_token_ids=(1, 106), **given, **filters)
+
+
+def sampled_on_the_cpu(draft_logits, seeds, filters):
+    with use_backend("eager"):
+        return sampled_drafts(draft_logits, seeds, **filters)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_drafts_over_the_whole_vocabulary(dtype, method):
+    assert_eager(drafts_of(method, 2, VOCABULARY, dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "logits"), list(rows_of_logits(COUNT, 4500)), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_awkward_rows(name, logits):
+    assert_eager(planned(logits, seeds=torch.arange(COUNT), positions=2**33 + 1, **each(*FILTERS)))
+
+
+def step(logits: torch.Tensor, drafts: torch.Tensor):
+    """A verification and a sample, by the public functions; whatever is not a number is on the device already."""
+    filters = {name: value.to(DEVICE) for name, value in each(*FILTERS[:4]).items()}
+    seeds = torch.arange(4, device=DEVICE)
+
+    def run():
+        result = verify_drafts(logits, drafts, seeds=seeds, **filters)
+        return result.tokens, result.num_accepted, sample_tokens(logits[:, 0], seeds=seeds, **filters)
+
+    return run
+
+
+def drawn_step():
+    logits = randn(4, 5, VOCABULARY).bfloat16().to(DEVICE)
+    return logits, step(logits, logits[:, :4].argmax(-1))
+
+
+def test_another_stream():
+    _, run = drawn_step()
+    expected = run()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = run()
+    stream.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def test_a_captured_graph_reads_what_is_there_at_its_replay():
+    logits, run = drawn_step()
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for seed in (5, 6):
+        logits.copy_(randn(4, 5, VOCABULARY, seed=seed))
+        graph.replay()
+        assert all(torch.equal(one, other) for one, other in zip(captured, run(), strict=True))
