@@ -17,16 +17,17 @@ DEVICE = "cuda"
 SLIDING = Setting(DEVICE, torch.bfloat16, hq=16, hkv=8, d=256, keys=4000, window=1023)
 FULL = Setting(DEVICE, torch.bfloat16, hq=16, hkv=1, d=512, keys=4000, window=-1)
 PACKED = "1:1+7:7+3:130+5:4000+0:9+16:1700"
+ROWS = ("", "sq=5,", "sq=16,")
 CASES = (
-    *(f"flash_attn_func(sq={rows},sk=32768,{window}right=0)" for rows in (1, 5, 16) for window in ("left=1023,", "")),
+    *(f"flash_attn_func({rows}sk=32768,{window}right=0)" for rows in ROWS for window in ("left=1023,", "")),
     "flash_attn_func(b=16,sq=5,sk=4096,dtype=fp16,left=1023,right=0)",
     "flash_attn_func(sq=5,sk=1030,right=0,softcap=5.0)",
-    *(f"flash_attn_varlen_func(left=1023,right=0,lengths={PACKED},page={page})" for page in (0, 16)),
+    *(f"flash_attn_varlen_func(left=1023,right=0,lengths={PACKED}{pages})" for pages in ("", ",page=16")),
     "flash_attn_with_kvcache(sq=5,left=1023,right=0,lengths=5+700+4130+40,page=64)",
-    *(f"k_eq_v_attention(sq={rows},sk=32768,hkv=1,d=512)" for rows in (1, 5, 16)),
+    *(f"k_eq_v_attention({rows}sk=32768,hkv=1,d=512)" for rows in ROWS),
     "k_eq_v_attention(b=16,sq=5,sk=4096,hkv=1,d=512,dtype=fp16)",
     "k_eq_v_attention(sq=5,hkv=1,d=512,lengths=5+700+4130+40,page=16)",
-    *(f"k_eq_v_attention(sq={rows},sk=32768,hkv=1,d=512,cache={codes})" for rows in (1, 5) for codes in ("fp8", "int8")),
+    *(f"k_eq_v_attention({rows}sk=32768,hkv=1,d=512,cache={codes})" for rows in ROWS for codes in ("fp8", "int8")),
     "k_eq_v_attention(sq=5,hkv=1,d=512,lengths=5+700+4130+40,page=16,cache=fp8)",
 )  # fmt: skip
 
@@ -51,11 +52,19 @@ def test_rows_alone(keys, dtype):
     row_bits.assert_k_eq_v_rows_alone(FULL._replace(keys=keys, dtype=dtype))
 
 
-def test_any_batch_pages_and_padding():
+def test_any_batch_and_pages():
     row_bits.assert_any_batch(SLIDING)
-    row_bits.assert_padding_in_front(SLIDING)
     for page_size in (16, 64):
         row_bits.assert_pages(SLIDING, page_size)
+
+
+def test_padding_in_front():
+    q, k, v = SLIDING.drawn()
+    expected = flash_attn_with_kvcache(q, k, v, **SLIDING.options)
+    padded = (torch.cat((torch.full_like(x[:, :37], float("nan")), x), dim=1) for x in (k, v))
+    leftpad = torch.tensor([37], dtype=torch.int32, device=DEVICE)
+    got = flash_attn_with_kvcache(q, *padded, cache_leftpad=leftpad, **SLIDING.options)
+    assert torch.equal(got, expected)
 
 
 def test_a_ring_gives_the_bits_of_a_cache_that_holds_everything():

@@ -36,20 +36,18 @@ def assert_eager(arguments) -> None:
 
 
 def drafts_of(method: str, rows: int, size: int, dtype: torch.dtype):
-    """Arguments of a call with COUNT requests, each with filters of its own."""
+    """Arguments of a call with COUNT requests, each with filters of its own and drafts of which some are taken."""
     logits = randn(COUNT, rows + 1, size).to(dtype)
-    # Near the target's, so that some drafts are taken.
-    draft_logits = (logits[:, :rows].float() + 0.3 * randn(COUNT, rows, size, seed=1)).to(dtype)
-    seeds, filters = torch.arange(COUNT), each(*FILTERS)
-    drafts = sampled_on_the_cpu(draft_logits, seeds, filters)
-    given = {} if method == "match" else {"draft_logits": draft_logits}
-    lengths = torch.arange(COUNT) % (rows + 1)
-    return planned(logits, drafts, lengths, seeds=seeds, method=method, eos_token_ids=(1, 106), **given, **filters)
-
-
-def sampled_on_the_cpu(draft_logits, seeds, filters):
+    settings = {"seeds": torch.arange(COUNT), **each(*FILTERS)}
     with use_backend("eager"):
-        return sampled_drafts(draft_logits, seeds, **filters)
+        if method == "match":
+            drawn = [sample_tokens(logits[:, row], positions=5 + row, **settings) for row in range(rows)]
+            drafts = torch.stack(drawn, dim=1)
+            drafts[::3, -1] = 0
+        else:
+            settings["draft_logits"] = (logits[:, :rows].float() + 0.3 * randn(COUNT, rows, size, seed=1)).to(dtype)
+            drafts = sampled_drafts(**settings)
+    return planned(logits, drafts, torch.arange(COUNT) % (rows + 1), method=method, eos_token_ids=(1, 106), **settings)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -68,11 +66,11 @@ def test_awkward_rows(name, logits):
 def step(logits: torch.Tensor, drafts: torch.Tensor):
     """A verification and a sample, by the public functions; whatever is not a number is on the device already."""
     filters = {name: value.to(DEVICE) for name, value in each(*FILTERS[:4]).items()}
-    seeds = torch.arange(4, device=DEVICE)
+    filters |= {"seeds": torch.arange(4, device=DEVICE), "positions": torch.full((4,), 2**33, device=DEVICE)}
 
     def run():
-        result = verify_drafts(logits, drafts, seeds=seeds, **filters)
-        return result.tokens, result.num_accepted, sample_tokens(logits[:, 0], seeds=seeds, **filters)
+        result = verify_drafts(logits, drafts, **filters)
+        return result.tokens, result.num_accepted, sample_tokens(logits[:, 0], **filters)
 
     return run
 
