@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import row_bits
 import torch
+from on_gpu import _cuda_backend, captured, needs_gpu, on_another_stream, same_bits  # noqa: F401
 from row_bits import Setting
 
-from gemma4_kernels import RingCache, flash_attn_with_kvcache, k_eq_v_attention, use_backend
+from gemma4_kernels import RingCache, flash_attn_with_kvcache, k_eq_v_attention
 from gemma4_kernels.bench import validation
 from gemma4_kernels.bench.cases import parse
 
-pytestmark = pytest.mark.gpu
+pytestmark = needs_gpu
 
 DEVICE = "cuda"
 SLIDING = Setting(DEVICE, torch.bfloat16, hq=16, hkv=8, d=256, keys=4000, window=1023)
@@ -30,12 +31,6 @@ CASES = (
     *(f"k_eq_v_attention({rows}sk=32768,hkv=1,d=512,cache={codes})" for rows in ROWS for codes in ("fp8", "int8")),
     "k_eq_v_attention(sq=5,hkv=1,d=512,lengths=5+700+4130+40,page=16,cache=fp8)",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _cuda_backend():
-    with use_backend("cuda"):
-        yield
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -77,7 +72,7 @@ def test_a_ring_gives_the_bits_of_a_cache_that_holds_everything():
     options = {"cache_seqlens": lengths, "causal": True, "return_lse": True, **SLIDING.options}
     expected = flash_attn_with_kvcache(q, k, v, **options)
     got = flash_attn_with_kvcache(q, *ring.pages(), block_table=table, **options)
-    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    assert same_bits(got, expected)
 
 
 def calls():
@@ -99,22 +94,14 @@ def calls():
 def test_another_stream():
     run, _ = calls()
     expected = run()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        got = run()
-    stream.synchronize()
-    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    assert same_bits(on_another_stream(run), expected)
 
 
 def test_a_captured_graph_follows_lengths_that_change():
     """Nothing in a call waits for the device, or allocates by what it holds."""
     run, lengths = calls()
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    results, graph = captured(run)
     for new in ([7, 4000], [2049, 64]):
         lengths.copy_(torch.tensor(new, dtype=torch.int32))
         graph.replay()
-        assert all(torch.equal(one, other) for one, other in zip(captured, run(), strict=True))
+        assert same_bits(results, run())

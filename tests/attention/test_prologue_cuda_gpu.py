@@ -6,21 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from on_gpu import _cuda_backend, captured, needs_gpu, on_another_stream, same_bits  # noqa: F401
 from prologue_helpers import DTYPES, GEMMA, KINDS, Layer, sliding_layer, with_exact_sums
 
 from gemma4_kernels import RingCache, use_backend
 from gemma4_kernels.bench import inputs as draw
 
-pytestmark = pytest.mark.gpu
+pytestmark = needs_gpu
 
 DEVICE = "cuda"
 kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(autouse=True)
-def _cuda_backend():
-    with use_backend("cuda"):
-        yield
 
 
 def on_device(layer: Layer) -> Layer:
@@ -82,7 +77,7 @@ def test_nearly_all_bits_and_rows_alone(kind):
         alone = replace(layer, k=k, v=v, lengths=layer.lengths + row, **one)
         again = [cache.clone() for cache in caches]
         assert torch.equal(alone.append(again), together[:, row : row + 1])
-        assert all(torch.equal(got, want) for got, want in zip(again, caches, strict=True))
+        assert same_bits(again, caches)
 
 
 @kinds
@@ -90,26 +85,19 @@ def test_another_stream(kind):
     layer = on_device(KINDS[kind](torch.bfloat16, rows=5, **GEMMA[kind]))
     expected, got = layer.caches(16, fill=0.0), layer.caches(16, fill=0.0)
     out = layer.append(expected)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        other = layer.append(got)
-    stream.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip([other, *got], [out, *expected], strict=True))
+    other = on_another_stream(lambda: layer.append(got))
+    assert same_bits([other, *got], [out, *expected])
 
 
 @kinds
 def test_a_captured_graph_follows_lengths_that_change(kind):
     layer = on_device(KINDS[kind](torch.bfloat16, rows=5, **GEMMA[kind]))
     caches = layer.caches(64, fill=0.0)
-    layer.append(caches)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = layer.append(caches)
+    result, graph = captured(lambda: layer.append(caches))
     for length in (30, 59):
         layer.lengths.fill_(length)
         expected = [cache.clone() for cache in caches]
         out = layer.append(expected)
-        captured.zero_()
+        result.zero_()
         graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip([captured, *caches], [out, *expected], strict=True))
+        assert same_bits([result, *caches], [out, *expected])

@@ -7,22 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 from norms_helpers import DTYPES, Sandwich, assert_bits, assert_nearly_all_bits, drawn, with_exact_sums
+from on_gpu import _cuda_backend, captured, needs_gpu, on_another_stream  # noqa: F401
 
 from gemma4_kernels import use_backend
 from gemma4_kernels.geometry import GEMMA4_12B
 from gemma4_kernels.norms.ops import MOST_NUMBERS
 
-pytestmark = pytest.mark.gpu
+pytestmark = needs_gpu
 
 DEVICE = "cuda"
 HIDDEN = GEMMA4_12B.hidden_size
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _cuda_backend():
-    with use_backend("cuda"):
-        yield
 
 
 def moved(call: Sandwich, device: str = DEVICE) -> Sandwich:
@@ -66,20 +61,12 @@ def test_a_row_keeps_its_bits_among_others(dtype):
 def test_another_stream():
     call = moved(drawn(torch.bfloat16, 5, HIDDEN))
     expected = call.run()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        got = call.run()
-    stream.synchronize()
-    assert_bits(got, expected)
+    assert_bits(on_another_stream(call.run), expected)
 
 
 def test_a_captured_graph_reads_what_is_there_at_its_replay():
     call = moved(drawn(torch.bfloat16, 5, HIDDEN))
-    call.run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call.run()
+    results, graph = captured(call.run)
     call.x.mul_(0.5)
     graph.replay()
-    assert_bits(captured, call.run())
+    assert_bits(results, call.run())

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from on_gpu import _cuda_backend, captured, needs_gpu, on_another_stream, same_bits  # noqa: F401
 from verification_helpers import _NAMES, FILTERS, each, planned, randn, rows_of_logits, sampled_drafts
 
 from gemma4_kernels import sample_tokens, use_backend, verify_drafts
 from gemma4_kernels.geometry import GEMMA4_12B
 from gemma4_kernels.verification import cuda, eager
 
-pytestmark = pytest.mark.gpu
+pytestmark = needs_gpu
 
 DEVICE = "cuda"
 VOCABULARY = GEMMA4_12B.vocab_size
 COUNT = len(FILTERS)
 METHODS = ["match", "rejection", "block"]
-
-
-@pytest.fixture(autouse=True)
-def _cuda_backend():
-    with use_backend("cuda"):
-        yield
 
 
 def moved(arguments):
@@ -83,21 +78,13 @@ def drawn_step():
 def test_another_stream():
     _, run = drawn_step()
     expected = run()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        got = run()
-    stream.synchronize()
-    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    assert same_bits(on_another_stream(run), expected)
 
 
 def test_a_captured_graph_reads_what_is_there_at_its_replay():
     logits, run = drawn_step()
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    results, graph = captured(run)
     for seed in (5, 6):
         logits.copy_(randn(4, 5, VOCABULARY, seed=seed))
         graph.replay()
-        assert all(torch.equal(one, other) for one, other in zip(captured, run(), strict=True))
+        assert same_bits(results, run())
