@@ -55,21 +55,6 @@ SANITIZED = (
 # capture a graph, during which no memory can be allocated without torch's pool.
 SANITIZED_TESTS = ROOT / "tests" / "attention" / "test_prologue_cuda_gpu.py"
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
-# From csrc/build.py what the build lacks, from the package whether the module serves this card.
-COMPILED_KERNELS = """
-import sys
-sys.path.insert(0, "csrc")
-import build
-import torch
-from gemma4_kernels import backends
-from gemma4_kernels.cuda_common import support
-device = torch.device(sys.argv[1])
-for name, obstacle in build.obstacles().items():
-    print(f"{name} {'can be built here' if obstacle is None else f'cannot be built here: {obstacle}'}")
-print(*(f"{name}: {said}" for name, said in support.describe().items()), sep="\\n")
-call = backends.Call("any", device_type=device.type, architecture=backends.architecture_of(device))
-raise SystemExit(support.refuses(call))
-"""
 
 
 @dataclass(frozen=True)
@@ -115,9 +100,12 @@ def stages(device: str, record: Path) -> list[Stage]:
         Stage("device", [[sys.executable, "-c", f"import torch; print(torch.__version__); {no_gpu}"]],
             what_exit_codes_mean={1: "torch is missing or sees no GPU"},
         ),
-        Stage("install and build", [pip], skip=_installed_from_here),
+        # Without modules, which are built next: whatever stops a compiler, Triton's and PyTorch's kernels are still checked.
         Stage(
-            "compiled kernels", [[sys.executable, "-c", COMPILED_KERNELS, device]],
+            "install", [pip], environment={"GEMMA4_CUDA": "0", "GEMMA4_EMULATOR": "0"}, skip=_installed_from_here
+        ),
+        Stage(
+            "compiled kernels", [[sys.executable, str(ROOT / "scripts" / "gpu_modules.py"), device]],
             what_exit_codes_mean={1: "no compiled kernels for this card; what follows checks Triton's and PyTorch's"},
         ),
         Stage("info", [[*COMMAND, "info"]]),
@@ -203,11 +191,11 @@ def _card() -> str:
 
 
 def _installed_from_here() -> str | None:
-    """A compiled module has to be built again each time; without one, an editable install of this checkout is up to date."""
+    """An editable install of this checkout is up to date."""
     code = "import gemma4_kernels, gemma4_kernels.bench; print(gemma4_kernels.__file__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/")
     here = done.returncode == 0 and Path(done.stdout.strip()).resolve().is_relative_to(ROOT)
-    return "this checkout is installed already" if here and not (ROOT / "csrc").exists() else None
+    return "this checkout is installed already" if here else None
 
 
 def _run_into(command: Sequence[str], environment: dict[str, str], write: Callable[[str], object]) -> int:
