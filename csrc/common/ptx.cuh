@@ -121,7 +121,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 // The value of the lane whose number differs in the bits of a mask: four lanes share a row of an mma's result.
 __device__ __forceinline__ float from_lane_across(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 
-// 16 bytes through registers, past L1 like the copies; volatile, or the compiler would ask for them before others need no registers.
+// 16 bytes through registers, past L1 like the copies; volatile, or the compiler would ask for them while registers are short.
 __device__ __forceinline__ uint4 load_16_once(const void* global) {
   uint4 data;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
