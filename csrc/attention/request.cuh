@@ -133,7 +133,8 @@ __device__ __forceinline__ int slot_of(const Splits& splits, const Chunks& row, 
 }
 
 // Where the part of a row lies among parts, in units of a slot.
-__device__ __forceinline__ int64_t part_of(const Requests& p, const Splits& splits, int b, int heads, int head, int row, int slot) {
+__device__ __forceinline__ int64_t part_of(const Requests& p, const Splits& splits, int b, int heads, int head, int row,
+                                           int slot) {
   return ((int64_t(b) * heads + head) * p.rows + row) * splits.slots + slot;
 }
 
