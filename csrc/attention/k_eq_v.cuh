@@ -1,19 +1,20 @@
-// Attention of 1 to 16 query rows over a cache of values alone, k[j] = rope(v[j] * weight, j): full layers while they decode or verify.
+// Attention of 1 to 16 query rows over a cache of values alone, k[j] = rope(v[j] * weight, j): full layers while they decode or
+// verify.
 //
-// Query heads of a KV head and rows of a request are one axis: packed row m is row m / GROUP of head m % GROUP. A block owns two tiles
-// of 16 packed rows (one, if there is no other) of one KV head, and one chunk of its keys. The chunk goes by in tiles of 32 keys,
-// through a ring of two slots. A tile in shared memory serves both products:
+// Query heads of a KV head and rows of a request are one axis: packed row m is row m / GROUP of head m % GROUP. A block owns
+// two tiles of 16 packed rows (one, if there is no other) of one KV head, and one chunk of its keys. The chunk goes by in tiles
+// of 32 keys, through a ring of two slots. A tile in shared memory serves both products:
 //
-//     keys      For the first product a warp owns an eighth of the columns, and with them a sixteenth of the queries, which it keeps
-//               in registers. It makes what its columns add to the scores of all rows and keys.
-//     softmax   A warp owns a sixteenth or an eighth of the rows, adds the eight parts of their scores, and leaves weights and factors.
+//     keys      For the first product a warp owns an eighth of the columns, keeps the queries of these in registers, and makes
+//               what they add to the scores of all rows and keys.
+//     softmax   A warp owns an eighth of the rows, adds the eight parts of their scores, and leaves weights and factors.
 //     values    For the second product a warp owns another eighth of the columns, and the accumulators of all rows in them.
 //
-// Columns of the first product are dealt in steps: 8 columns and their 8 partners, half of head_dim higher, are the 16 of one mma. The
-// steps with pairs that rotate come first, one to each warp, then the next eight. With Gemma's 64 pairs that is one step of each
-// warp. A step that does not rotate has the weight in its queries: q . (v w) = (q w) . v. One that does is rebuilt in registers, as its
-// fragments come from shared memory: weight, rotation by the key's position, rounding. A lane meets the keys first + lane / 4, + 8, ...
-// of a tile, so it finds one angle and turns it on by 8 positions three times.
+// Columns of the first product are dealt in steps: 8 columns and their 8 partners, half of head_dim higher, are the 16 of one
+// mma. The steps with pairs that rotate come first, one to each warp, then the next eight. With Gemma's 64 pairs that is one
+// step of each warp. A step that does not rotate has the weight in its queries: q . (v w) = (q w) . v. One that does is rebuilt
+// in registers, as its fragments come from shared memory: weight, rotation by the key's position, rounding. A lane meets the
+// keys first + lane / 4, + 8, ... of a tile, so it finds one angle and turns it on by 8 positions three times.
 //
 //     values    2 slots of 32 rows of D columns                16-byte chunk c of row r at chunk c ^ (r % 8)
 //     scores    8 warps x 16 TILES rows of 32 floats           8 keys n of row r at n ^ (r % 4)
@@ -21,11 +22,12 @@
 //     factors   16 TILES floats                                what accumulators are multiplied with
 //     order     the steps, those that rotate first, and how many these are
 //
-// so that no ldmatrix and no access of 8 or 16 bytes meets a bank twice. Three barriers a tile: the tile is there; the scores are
-// there; the weights are there.
+// so that no ldmatrix and no access of 8 or 16 bytes meets a bank twice. Three barriers a tile: the tile is there; the scores
+// are there; the weights are there.
 //
-// A row's bits: rows of an mma do not meet, and a tile that a row does not see leaves maximum, sum and accumulator as they are. Parts of
-// a score are added in the order of the warps, tiles begin at multiples of 32 keys, and chunks follow from the row's own number of keys.
+// A row's bits: rows of an mma do not meet, and a tile that a row does not see leaves maximum, sum and accumulator as they are.
+// Parts of a score are added in the order of the warps, tiles begin at multiples of 32 keys, and chunks follow from the row's
+// own number of keys.
 #pragma once
 
 #include "../include/gemma4_kernels.h"
@@ -123,7 +125,9 @@ struct Finder {
   int key;
   Place place;
 
-  __device__ Finder(const Requests& all, const Work& w) : requests(all), work(w), key(w.begin + int(threadIdx.x) % 32) { look(); }
+  __device__ Finder(const Requests& all, const Work& w) : requests(all), work(w), key(w.begin + int(threadIdx.x) % 32) {
+    look();
+  }
 
   __device__ __forceinline__ void look() {
     place = key < work.stop ? place_of(requests, work.request, work.b, key) : Place{-1, 0};
@@ -138,9 +142,9 @@ struct Finder {
   }
 };
 
-// A cache of the type that is multiplied: rows are copied as they are. Other kinds have the same two functions: `begin` asks for a
-// tile, `finish` puts it into its slot, after everyone has left that. What is copied is under way from the moment that a slot is free;
-// what comes through registers waits until scores need none.
+// A cache of the type that is multiplied: rows are copied as they are. Other kinds have the same two functions: `begin` asks
+// for a tile, `finish` puts it into its slot, after everyone has left that. What is copied is under way from the moment that a
+// slot is free; what comes through registers waits until scores need none.
 template <class Number, int D>
 struct PlainCache {
   using Type = Number;
@@ -192,7 +196,8 @@ __device__ __forceinline__ double frequency_at(const Parameters& p, int pair) {
   return p.is_double ? static_cast<const double*>(p.inv_freq)[pair] : double(static_cast<const float*>(p.inv_freq)[pair]);
 }
 
-// Puts the steps with pairs that rotate first, and says how many these are. `order` has room for two bytes of each step and one more.
+// Puts the steps with pairs that rotate first, and says how many these are. `order` has room for two bytes of each step and one
+// more.
 template <int D>
 __device__ __forceinline__ int order_steps(const Parameters& p, unsigned char* order) {
   constexpr int STEPS = Layout<D>::kPairSteps;
@@ -298,8 +303,8 @@ struct Scorer {
                            numbers.y * number_at(p.weight, column + 1, p.weight_dtype), Type());
   }
 
-  // Leaves the warp's parts of the scores of a tile that begins with key `first`. With ANY, more of its steps than one may rotate: right,
-  // not fast.
+  // Leaves the warp's parts of the scores of a tile that begins with key `first`. With ANY, more of its steps than one may
+  // rotate: right, not fast.
   template <bool ANY>
   __device__ __forceinline__ void score(const unsigned char* slot, int first, unsigned char* shared) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -445,8 +450,8 @@ __device__ __forceinline__ void add_values(const unsigned char* slot, const unsi
       sums[tile][n][3] *= lower;
     }
   }
-  // Lane l names row l % 8 of matrix l / 8: rows from 0 and from 8 of 8 keys, then of the next 8; of values 8 keys and the next 8 of
-  // 8 columns, then of the next 8.
+  // Lane l names row l % 8 of matrix l / 8: rows from 0 and from 8 of 8 keys, then of the next 8; of values 8 keys and the next
+  // 8 of 8 columns, then of the next 8.
   const unsigned char* weights = shared + Map::kWeights + lane % 16 * (kKeys * 2);
   const unsigned char* values = slot + lane % 16 * Map::kRowBytes;
 #pragma unroll
