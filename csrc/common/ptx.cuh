@@ -175,9 +175,6 @@ __device__ __forceinline__ uint32_t add_pair(uint32_t pair, uint32_t addend, Fp1
   return sum;
 }
 
-// What the lane whose number differs in the bits of a mask holds: the steps of a reduction without shared memory.
-__device__ __forceinline__ uint32_t warp_across(uint32_t value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
-
 // Reductions of 32-bit integers over a warp, in one instruction since sm_80, where shuffles take ten.
 __device__ __forceinline__ int warp_largest(int value) { return __reduce_max_sync(~0u, value); }
 __device__ __forceinline__ int warp_smallest(int value) { return __reduce_min_sync(~0u, value); }

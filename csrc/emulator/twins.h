@@ -145,9 +145,6 @@ inline uint32_t add_pair(uint32_t pair, uint32_t addend, Fp16) {
   return sum(uint16_t(pair), uint16_t(addend)) | uint32_t(sum(pair >> 16, addend >> 16)) << 16;
 }
 
-inline uint32_t warp_across(uint32_t value, int mask, int line = __builtin_LINE()) {
-  return emulator::shuffle(value, emulator::lane() ^ mask, line);
-}
 inline int warp_largest(int value, int line = __builtin_LINE()) { return emulator::reduce(emulator::kLargest, value, line); }
 inline int warp_smallest(int value, int line = __builtin_LINE()) { return emulator::reduce(emulator::kSmallest, value, line); }
 inline int warp_sum(int value, int line = __builtin_LINE()) { return emulator::reduce(emulator::kSum, value, line); }

@@ -17,8 +17,11 @@
 
 #include "../../csrc/attention/rotation.cuh"
 #include "../../csrc/include/gemma4_kernels.h"
+#include "blocks.h"
 
 namespace {
+
+using namespace checks;
 
 struct Shape {
   int64_t dim, kv_heads, group, rows, capacity;
@@ -29,35 +32,6 @@ struct Shape {
   int64_t first_pair = 0;
   int codes = GEMMA4_CODES_NONE;
 };
-
-// A heap block with its first byte at a multiple of 16.
-struct Block {
-  explicit Block(size_t bytes) : size(bytes), data(static_cast<unsigned char*>(std::aligned_alloc(16, round(bytes)))) {
-    // aligned_alloc wants whole multiples; AddressSanitizer is told of the rest by giving it back.
-    if (void* exact = bytes != 0 ? std::realloc(data, bytes) : nullptr) data = static_cast<unsigned char*>(exact);
-    std::memset(data, 0xFF, size);
-  }
-  ~Block() { std::free(data); }
-  Block(const Block&) = delete;
-  static size_t round(size_t bytes) { return std::max<size_t>(16, (bytes + 15) / 16 * 16); }
-  template <class T>
-  T* as() const {
-    return reinterpret_cast<T*>(data);
-  }
-  bool is_untouched() const {
-    return std::all_of(data, data + size, [](unsigned char byte) { return byte == 0xFF; });
-  }
-  size_t size;
-  unsigned char* data;
-};
-
-uint16_t to_half(float value, int dtype) {
-  return dtype == GEMMA4_BF16 ? emulator::float_to_bf16(value) : emulator::float_to_fp16(value);
-}
-
-float from_half(uint16_t bits, int dtype) {
-  return dtype == GEMMA4_BF16 ? emulator::bf16_to_float(bits) : emulator::fp16_to_float(bits);
-}
 
 struct Call {
   Shape s;
