@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,7 +33,10 @@ def main(name: str) -> str | None:
     if number in build.ARCHITECTURES:
         os.environ.setdefault("GEMMA4_CUDA_ARCHITECTURES", number)
     os.environ["GEMMA4_EMULATOR"] = "0"
-    said = build.modules(ROOT / "gemma4_kernels", ROOT / "build" / "csrc")["_C"]
+    try:
+        said = build.modules(ROOT / "gemma4_kernels", ROOT / "build" / "csrc")["_C"]
+    except subprocess.CalledProcessError:
+        return "_C could not be built: the compiler's words are above"
     if said != "built":
         return f"_C cannot be built here: {said}"
     importlib.invalidate_caches()
