@@ -42,6 +42,7 @@ from gemma4_kernels import (
 from gemma4_kernels.bench import cards, machine
 from gemma4_kernels.bench.errors import judge
 from gemma4_kernels.bench.linear_inputs import random_weight
+from gemma4_kernels.cuda_common import support as cuda_support
 from gemma4_kernels.geometry import AttentionGeometry, LayerKind, ModelGeometry
 from gemma4_kernels.op_support import DECODE_ROWS
 from gemma4_kernels.reference import ReferenceConfig, ReferenceModel, proportional_inv_freq
@@ -152,7 +153,9 @@ class DecodeStep:
     def cache_bytes(self, length: int) -> int:
         """Keys and values that the rows of a step see, each once."""
         rows = [min(length, each.attention.window or length) for each in self.layers]
-        sizes = [len(e.cache) * e.attention.num_kv_heads * e.attention.head_dim * self.dtype.itemsize for e in self.layers]
+        sizes = [
+            len(e.cache) * e.attention.num_kv_heads * e.attention.head_dim * self.dtype.itemsize for e in self.layers
+        ]
         return self.batch * sum(a * b for a, b in zip(rows, sizes, strict=True))
 
     def run(self) -> None:
@@ -300,8 +303,18 @@ def calls_of(step: DecodeStep) -> Counter[str]:
     return recorder.seen
 
 
+def compiled_launches_of(step: DecodeStep) -> int | None:
+    """Kernels of a step that this package's compiled module launches, by its own count; None where there is no module."""
+    module = cuda_support.module_of(step.device)
+    if module is None:
+        return None
+    before = module.launches()
+    step.run()
+    return int(module.launches() - before)
+
+
 def launches_of(step: DecodeStep) -> int:
-    """Kernels of a step, as the device's profiler counts them."""
+    """All kernels of a step, as the device's profiler counts them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step.run()
         torch.cuda.synchronize()
@@ -344,7 +357,9 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1, help="requests (default 1)")
     parser.add_argument("--layers", type=int, help="default: all 48 on a GPU, the first 6 elsewhere")
     parser.add_argument("--repeats", type=int, default=20, help="timed steps on a GPU (default 20)")
-    parser.add_argument("--card", default="rtx 3060", help="whose bandwidth is the floor, where no GPU is (default rtx 3060)")
+    parser.add_argument(
+        "--card", default="rtx 3060", help="whose bandwidth is the floor, where no GPU is (default rtx 3060)"
+    )
     parser.add_argument("--device", type=machine.known_device, default=None)
     parser.add_argument("--check-only", action="store_true", help="stop after the small model")
     arguments = parser.parse_args()
@@ -370,8 +385,11 @@ def main() -> int:
     print(f"  bytes      {weights / 1e9:.2f} GB of weights, {caches / 1e9:.3f} GB of keys and values")
     counted = ", ".join(f"{count} {name}" for name, count in calls_of(step).most_common())
     print(f"  calls      {counted}")
-    if on_gpu:
-        print(f"  launches   {launches_of(step)}")
+    compiled = compiled_launches_of(step)
+    parts = [f"{launches_of(step)} in all"] if on_gpu else []
+    parts += [f"{compiled} of compiled kernels"] if compiled is not None else []
+    if parts:
+        print(f"  launches   {', '.join(parts)}")
     for op, shape_class, backend in backends.served():
         print(f"  served     {op} ({shape_class}): {backend}")
     seconds, how = seconds_of(step, arguments.repeats if on_gpu else 3)
@@ -380,8 +398,14 @@ def main() -> int:
     card = cards.find(name) if on_gpu else cards.find(arguments.card)
     if card.bandwidth:
         floor = (weights + caches) / card.bandwidth / 1e9
-        share = f"; the step takes {seconds / floor:.2f} times that" if on_gpu else ", a prediction from the data sheet alone"
-        print(f"  floor      {floor * 1e3:.1f} ms at the {card.bandwidth:.0f} GB/s of {name if on_gpu else arguments.card}{share}")
+        share = (
+            f"; the step takes {seconds / floor:.2f} times that"
+            if on_gpu
+            else ", a prediction from the data sheet alone"
+        )
+        print(
+            f"  floor      {floor * 1e3:.1f} ms at the {card.bandwidth:.0f} GB/s of {name if on_gpu else arguments.card}{share}"
+        )
     return 0
 
 
