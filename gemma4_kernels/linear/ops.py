@@ -140,5 +140,6 @@ for _op in SCHEMAS:
             features=frozenset(),
             refuses=cuda.refuses,
             only_by_name=cuda_support.only_by_name,
+            serves=f"up to {DECODE_ROWS} rows",
         )
     )
