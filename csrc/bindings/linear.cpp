@@ -7,7 +7,7 @@ gemma4_linear_arguments linear_arguments(uintptr_t x, int64_t x_stride, uintptr_
                                          uintptr_t bias, int32_t bias_dtype, int64_t n, int64_t k, int64_t group_size,
                                          uintptr_t codes, uintptr_t scales, int32_t scale_dtype, uintptr_t zeros,
                                          uintptr_t offsets, uintptr_t group_scales, uintptr_t table, int32_t values,
-                                         int32_t scale_kind, int32_t zero) {
+                                         int32_t scale_kind, int32_t zero, int32_t pieces) {
   gemma4_linear_arguments a{};
   gemma4_weight& w = a.weight;
   w.n = n;
@@ -31,6 +31,7 @@ gemma4_linear_arguments linear_arguments(uintptr_t x, int64_t x_stride, uintptr_
   a.bias = pointer(bias);
   a.dtype = dtype;
   a.bias_dtype = bias_dtype;
+  a.pieces = pieces;
   return a;
 }
 
@@ -42,7 +43,8 @@ void define_linear(py::module_& module) {
       .def(py::init(&linear_arguments), py::kw_only(), py::arg("x"), py::arg("x_stride"), py::arg("out"), py::arg("out_stride"),
            py::arg("m"), py::arg("dtype"), py::arg("bias"), py::arg("bias_dtype"), py::arg("n"), py::arg("k"),
            py::arg("group_size"), py::arg("codes"), py::arg("scales"), py::arg("scale_dtype"), py::arg("zeros"),
-           py::arg("offsets"), py::arg("group_scales"), py::arg("table"), py::arg("values"), py::arg("scale_kind"), py::arg("zero"));
+           py::arg("offsets"), py::arg("group_scales"), py::arg("table"), py::arg("values"), py::arg("scale_kind"), py::arg("zero"),
+           py::arg("pieces"));
   define_call(module, "linear", &gemma4_linear_workspace, &gemma4_linear);
 }
 

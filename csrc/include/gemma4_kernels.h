@@ -76,7 +76,7 @@ typedef struct gemma4_weight {
 } gemma4_weight;
 
 /* out (m, n) = x (m, k) W^T + bias, 0 <= m <= 16, summed in fp32 and rounded once. The bits of a row depend on its own numbers,
- * the weight and the device, not on m or on the other rows. */
+ * the weight, the device and pieces, not on m or on the other rows. */
 typedef struct gemma4_linear_arguments {
   gemma4_weight weight;
   int64_t m;
@@ -87,6 +87,8 @@ typedef struct gemma4_linear_arguments {
   const void* bias;   /* (n), or null */
   int32_t dtype;      /* of x and out: gemma4_dtype */
   int32_t bias_dtype; /* gemma4_dtype */
+  int32_t pieces;     /* of k, summed apart: at most so many, whole stages of 256 columns; 0 leaves it to the library. Whoever wants
+                       * the same bits for every m asks for the same pieces. */
 } gemma4_linear_arguments;
 
 GEMMA4_API int32_t gemma4_abi_version(void);

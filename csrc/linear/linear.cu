@@ -68,6 +68,7 @@ gemma4_status check_sizes(const gemma4_linear_arguments* arguments) {
   if (a.m < 0) return kChecks.invalid("m must be at least 0, got " + number(a.m));
   if (auto status = check_weight(a.weight)) return status;
   if (a.m > kMostRows) return kChecks.unsupported("m goes to 16, got " + number(a.m));
+  if (a.pieces < 0) return kChecks.invalid("pieces must be at least 0, got " + number(a.pieces));
   if (!is_dtype(a.dtype)) return kChecks.invalid("dtype " + number(a.dtype) + " is no gemma4_dtype");
   if (a.dtype == GEMMA4_FP32) return kChecks.unsupported("x must be bf16 or fp16");
   return GEMMA4_OK;
@@ -94,11 +95,15 @@ gemma4_status check(const gemma4_linear_arguments* arguments) {
 
 int stages_of_weight(const gemma4_weight& w) { return int((w.k + kColumns - 1) / kColumns); }
 
-// Stages of a piece: K is halved until there are two blocks for every multiprocessor, or pieces get short. It depends on the
-// weight's shape and the device only, never on x.
-int piece_stages(const gemma4_weight& w, int multiprocessors) {
+// Stages of a piece: as many as make the pieces that the caller asks for. By themselves, K is halved until there are two blocks for
+// every multiprocessor, or pieces get short. It depends on the weight's shape and the device only, never on x.
+// gemma4_kernels/linear/cuda_table.py has the twin.
+int piece_stages(const gemma4_linear_arguments& a, int multiprocessors) {
+  const gemma4_weight& w = a.weight;
+  int stages = stages_of_weight(w);
+  if (a.pieces > 0) return a.pieces < stages ? (stages + a.pieces - 1) / a.pieces : 1;
   const int64_t blocks = (w.n + kOutputs - 1) / kOutputs;
-  int pieces = 1, stages = stages_of_weight(w);
+  int pieces = 1;
   while (blocks * pieces < int64_t(kBlocksOfMultiprocessor) * multiprocessors && stages >= 2 * kFewestStages) {
     pieces *= 2;
     stages = (stages + 1) / 2;
@@ -116,7 +121,7 @@ gemma4_status run(const gemma4_linear_arguments& a, void* workspace, size_t work
   int count = 0;
   if (auto problem = multiprocessors(&count); !problem.empty()) return kChecks.launched(problem);
   const gemma4_weight& w = a.weight;
-  const int stages = piece_stages(w, count), pieces = pieces_of(w, stages);
+  const int stages = piece_stages(a, count), pieces = pieces_of(w, stages);
   const size_t wanted = workspace_bytes_of(a, pieces);
   if (auto status = kChecks.workspace(workspace, workspace_bytes, wanted)) return status;
   Parameters p{};
@@ -161,7 +166,7 @@ gemma4_status gemma4_linear_workspace(const gemma4_linear_arguments* arguments, 
   if (auto status = check_sizes(arguments)) return status;
   int count = 0;
   if (auto problem = gemma4::multiprocessors(&count); !problem.empty()) return kChecks.launched(problem);
-  *bytes = workspace_bytes_of(*arguments, pieces_of(arguments->weight, piece_stages(arguments->weight, count)));
+  *bytes = workspace_bytes_of(*arguments, pieces_of(arguments->weight, piece_stages(*arguments, count)));
   return GEMMA4_OK;
 }
 

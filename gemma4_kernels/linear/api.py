@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gemma4_kernels import backends, checks
 from gemma4_kernels.backends import Call
-from gemma4_kernels.linear import eager_int4, ops
+from gemma4_kernels.linear import cuda, eager_int4, ops
 from gemma4_kernels.linear.weight import QuantizedWeight
 
 
@@ -130,7 +130,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _describe_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Call:
-    return _describe("quantized_linear", x, bias is not None, weight=weight)
+    call = _describe("quantized_linear", x, bias is not None, weight=weight)
+    return call.noting("cuda", cuda.describe_schedule(x, weight))
 
 
 def _describe_geglu(x: Tensor, gate: QuantizedWeight, up: QuantizedWeight) -> Call:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemma4_kernels import backends
 from gemma4_kernels.backends import Call
 from gemma4_kernels.cuda_common import support
+from gemma4_kernels.linear import cuda_table
 from gemma4_kernels.linear.schemes import SCHEMES
 from gemma4_kernels.linear.weight import QuantizedWeight
 
@@ -35,7 +37,7 @@ SERVED = {
     "IQ4_XS": "as NF4; scales as in Q4_K",
     "MXFP4": "as NF4; scales are powers of two",
 }
-MOST_ROWS = 16  # two tiles of 8; from there on Triton's tiles make a weight once for more rows than these kernels
+MOST_ROWS = cuda_table.MOST_ROWS
 
 
 def refuses(call: Call) -> str | None:
@@ -48,9 +50,19 @@ def refuses(call: Call) -> str | None:
         return f"reads {', '.join(SERVED)}, not {call.scheme}"
     if call.group_size % 32:
         return f"takes groups of a multiple of 32 columns, the weight has {call.group_size}"
-    if call.shape_class.startswith("prefill"):
-        return f"goes to {MOST_ROWS} rows"
-    return None
+    # Without sizes it is a question about all calls of a class.
+    M, N, K = call.sizes or (MOST_ROWS + call.shape_class.startswith("prefill"), 0, 0)
+    choice = cuda_table.choice(M, N, K, call.multiprocessors, call.architecture)
+    return None if choice.compiled else choice.reason
+
+
+def describe_schedule(x: Tensor, weight: QuantizedWeight) -> str:
+    """How K would be cut and why, for `explain`."""
+    return cuda_table.schedule(*weight.shape, *_device(x))
+
+
+def _device(x: Tensor) -> tuple[int, str]:
+    return support.multiprocessors(x.device), backends.architecture_of(x.device)
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -72,6 +84,7 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) ->
         zeros=_address(weight.zeros), offsets=_address(weight.offsets), group_scales=_address(weight.group_scales),
         table=_address(weight.table),
         values=_VALUES[layout.values], scale_kind=_SCALES[layout.scales], zero=layout.zero,
+        pieces=cuda_table.pieces(N, K, *_device(x)),
     )  # fmt: skip
     on_gpu = x.device.type == "cuda"
     with torch.cuda.device(x.device if on_gpu else -1):

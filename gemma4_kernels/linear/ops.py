@@ -69,6 +69,8 @@ def describe(op: str, x: Tensor, weight: QuantizedWeight, dtype: torch.dtype | N
         shape_class=f"{rows}, {weight.scheme}" if dtype is None else weight.scheme,
         scheme=weight.scheme,
         group_size=weight.group_size,
+        sizes=(min(x.shape[0], DECODE_ROWS + 1), *weight.shape),
+        multiprocessors=cuda_support.multiprocessors(x.device),
     )
 
 
