@@ -1,8 +1,8 @@
 """The kernels of csrc for `bench --static`: the machine code in gemma4_kernels._C, and what it does not show of each.
 
-A function's name says which kernel it is, and KNOWN what to say of it: a name to read, warps and dynamic shared memory of a block,
-bytes and multiply-accumulates of a pass of its main loop. A kernel that KNOWN does not have is there all the same, with what its
-machine code shows.
+A function's name says which kernel it is, and KNOWN what to say of it: a name to read, warps and dynamic shared memory of a
+block, bytes and multiply-accumulates of a pass of its main loop. A kernel that KNOWN does not have is there all the same, with
+what its machine code shows.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from gemma4_kernels.bench import cuda_layers, sass
-from gemma4_kernels.bench.static import CompiledKernel, Unavailable
+from gemma4_kernels.bench.static import CompiledKernel, UnavailableError
 from gemma4_kernels.linear.cuda import SERVED
 from gemma4_kernels.linear.schemes import SCHEMES
 
@@ -35,19 +37,22 @@ class Facts(NamedTuple):
 # Products with 4-bit weights -----------------------------------------------------------------------------------------
 
 VALUES = ("centred", "zeros", "offsets", "table")  # gemma4_values
-_SCALES = {"SixBit": "six_bit", "Int8": "int8", "E8m0": "e8m0"}  # others are plain numbers of a type
-_TYPES = {"Fp16": "float16", "Bf16": "bfloat16", "Fp32": "float32"}
+# A kind of scales, and for plain ones their dtype.
+_SCALES: dict[str, tuple[str, torch.dtype | None]] = {
+    "SixBit": ("six_bit", None), "Int8": ("int8", None), "E8m0": ("e8m0", None),
+    "Fp16": ("plain", torch.float16), "Bf16": ("plain", torch.bfloat16), "Fp32": ("plain", torch.float32),
+}  # fmt: skip
 
 
 def _linear_decode(found: re.Match[str]) -> Facts:
     values, scales, tiles = VALUES[int(found["values"])], found["scales"], int(found["tiles"])
     rows = cuda_layers.TILE_ROWS * tiles
+    kind, dtype = _SCALES[scales]
+    layouts = {name: SCHEMES[name] for name in SERVED}
     schemes = [
         name
-        for name in SERVED
-        if (layout := SCHEMES[name]).values == values
-        and layout.scales == _SCALES.get(scales, "plain")
-        and (scales in _SCALES or _TYPES[scales] in (str(dtype).removeprefix("torch.") for dtype in layout.scale_dtypes))
+        for name, layout in layouts.items()
+        if (layout.values, layout.scales) == (values, kind) and (dtype is None or dtype in layout.scale_dtypes)
     ]
     stages = cuda_layers.ring_stages(rows)  # a pass of the loop is a round of the ring
     return Facts(
@@ -107,16 +112,15 @@ def module() -> Path | None:
 
 
 def machine_code(architecture: str) -> list[bytes]:
-    """The module's cubins for an architecture, one for each source file with kernels. Raises Unavailable without the module."""
+    """The module's cubins for an architecture, one for each source file with kernels. Raises UnavailableError if there is none."""
     path, tool = module(), sass.cuobjdump()
     if path is None:
-        raise Unavailable("gemma4_kernels._C is not built, so no compiled CUDA kernel is read (docs/cuda.md)")
+        raise UnavailableError("gemma4_kernels._C is not built, so no compiled CUDA kernel is read (docs/cuda.md)")
     if tool is None:
-        raise Unavailable("cuobjdump is missing, so no compiled CUDA kernel is read")
+        raise UnavailableError("cuobjdump is missing, so no compiled CUDA kernel is read")
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [tool, "-xelf", f"{architecture}.cubin", str(path)], cwd=folder, check=True, capture_output=True, timeout=120
-        )
+        command = [tool, "-xelf", f"{architecture}.cubin", str(path)]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
         cubins = [each.read_bytes() for each in sorted(Path(folder).glob("*.cubin"))]
     return [cubin for cubin in cubins if functions(cubin)]
 
@@ -130,7 +134,7 @@ def provide(architecture: str) -> Iterator[CompiledKernel]:
     """For `bench --static`."""
     cubins = machine_code(architecture)
     if not cubins:
-        raise Unavailable(f"gemma4_kernels._C has no machine code for {architecture}")
+        raise UnavailableError(f"gemma4_kernels._C has no machine code for {architecture}")
     for cubin in cubins:
         for function in functions(cubin):
             known = facts(function)

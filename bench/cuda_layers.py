@@ -167,7 +167,8 @@ def codes_of(readings: Sequence[static.Reading]) -> dict[str, dict[int, Code]]:
     for reading in readings:
         kernel, loop = reading.kernel, reading.main_loop
         for rows in PAPER:
-            wanted = kernel.name.startswith("linear centred") and f"Fp16 scales, Bf16 x, up to {rows} rows" in kernel.name
+            of_rows = f"Fp16 scales, Bf16 x, up to {rows} rows"
+            wanted = kernel.name.startswith("linear centred") and of_rows in kernel.name
             if wanted and loop is not None and kernel.warps and kernel.loop_bytes:
                 instructions = loop.instructions * kernel.warps * static.LINE / kernel.loop_bytes
                 found.setdefault(kernel.architecture, {})[rows] = Code(instructions, reading.registers)
@@ -204,7 +205,7 @@ def summary(readings: Sequence[static.Reading], names: Sequence[str]) -> list[st
         return []
     return [
         "",
-        "Predicted, not measured: products with the 12B's weights in Q4_0 by the compiled kernels (docs/cuda.md has the formula).",
+        "Predicted, not measured: products with the 12B's weights in Q4_0 by the compiled kernels (formula: docs/cuda.md).",
         f"Assumed: {occupancy.DRAM_LATENCY_NS:.0f} ns until memory answers under load, {occupancy.KERNEL_NS:.0f} ns for the "
         "kernel that adds the pieces.",
         "",

@@ -1,16 +1,16 @@
 """How many blocks of a kernel a card holds, and how long a kernel that streams memory takes on it: on paper, from data sheets.
 
-A kernel is its blocks, which all do the same on other bytes. A multiprocessor holds so many of them at a time as registers, shared
-memory and threads allow, all multiprocessors together a wave. The time of a kernel is that of its full waves, of what remains,
-and once the latency of memory; a wave takes the longest of
+A kernel is its blocks, which all do the same on other bytes. A multiprocessor holds so many of them at a time as registers,
+shared memory and threads allow, all multiprocessors together a wave. The time of a kernel is that of its full waves, of what
+remains, and once the latency of memory; a wave takes the longest of
 
     memory     bytes of all its blocks / bandwidth
     latency    bytes of its longest block / bytes that a block has under way x latency: Little's law for one block
     issue      warp instructions of the fullest multiprocessor / (schedulers x clock), no warp faster than one in two clocks
     tensor     multiply-accumulates of the fullest multiprocessor / (those of a clock x clock)
 
-Real blocks do not wait for their wave; a tail that overlaps the wave before it is shorter. L2, launch overhead and bank conflicts
-are not in it. Two figures are assumed, not from a data sheet: DRAM_LATENCY_NS and KERNEL_NS.
+Real blocks do not wait for their wave; a tail that overlaps the wave before it is shorter. L2, launch overhead and bank
+conflicts are not in it. What no data sheet says is assumed: DRAM_LATENCY_NS, KERNEL_NS and how often a lone warp issues.
 """
 
 from __future__ import annotations

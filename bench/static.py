@@ -70,7 +70,7 @@ class LazyKernel:
     compile: Callable[[], CompiledKernel]
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """A provider's kernels cannot be had here. It is a remark, not a failure: nobody asked for them."""
 
 
@@ -165,9 +165,7 @@ def read(kernel: CompiledKernel) -> list[Reading]:
 
 
 @lru_cache(maxsize=4)  # the functions of a cubin come one after another
-def _read_cubin(
-    cubin: bytes, architecture: str
-) -> tuple[dict[str, dict[str, int]], dict[str, list[sass.Instruction]]]:
+def _read_cubin(cubin: bytes, architecture: str) -> tuple[dict[str, dict[str, int]], dict[str, list[sass.Instruction]]]:
     text = sass.disassemble(cubin)
     resources, listings = sass.parse_resources(text, architecture), sass.parse_listing(text)
     if not resources or not resources.keys() <= listings.keys():
@@ -236,7 +234,7 @@ def _compile(
                 found.failures.append(_sentence(f"{family}, {kernel.name} for {architecture}", error))
             else:
                 yield ready
-    except Unavailable as error:
+    except UnavailableError as error:
         if str(error) not in found.remarks:
             found.remarks.append(str(error))
     except Exception as error:

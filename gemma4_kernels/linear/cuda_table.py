@@ -1,7 +1,7 @@
 """Which products the compiled kernels take, and into how many pieces they cut K: data, with a reason for each row.
 
-CHOICES say whether a call is theirs; PIECES how K is cut. A piece of K is a sum of its own, so the pieces decide the order of sums,
-and with it bits: a row of PIECES can name outputs, columns, multiprocessors and architectures, and has no field for the rows of x.
+CHOICES say whether a call is theirs; PIECES how K is cut. A piece of K is a sum of its own, so the pieces decide the order of
+sums, and with it bits: a row of PIECES can name outputs, columns, multiprocessors and architectures, never the rows of x.
 Where no row fits, K is halved by the rule of csrc/linear/linear.cu, of which `halved` is the twin.
 
 Figures in reasons are predictions of `bench/cuda_layers.py` from data sheets and machine code. No card has measured them.
@@ -70,17 +70,18 @@ CHOICES: tuple[Choice, ...] = (
 
 _GEFORCE = frozenset({"sm_86", "sm_89", "sm_120"})
 
-# Sizes are those of the 12B's layers; others keep the rule. A row is here if it saves 5 % or more on some card, in the mean of 1, 8
-# and 16 rows of x, and loses on none of `bench/cards.py` that it fits, even if memory answers within 400 or 900 ns instead of the
-# 600 assumed, and the kernel that adds pieces takes 1 or 2.5 us instead of 1.5. tests/bench/test_cuda_layers.py holds all of that.
+# Sizes are those of the 12B's layers; others keep the rule. A row is here if it saves 5 % or more on some card, in the mean of
+# 1, 8 and 16 rows of x, and loses on none of `bench/cards.py` that it fits, even if memory answers within 400 or 900 ns instead
+# of the 600 assumed, and the kernel that adds pieces takes 1 or 2.5 us instead of 1.5: tests/bench/test_cuda_static.py.
 PIECES: tuple[Pieces, ...] = (
     Pieces(
         outputs=(512, 512), columns=(3840, 3840), multiprocessors=(82, 82), pieces=8,
-        reason="8 tiles of outputs are few for so many multiprocessors: pieces of 2 stages make 64 blocks (predicted: 11 % less)",
+        reason="8 tiles of outputs are few for so many multiprocessors: pieces of two stages make 64 blocks "
+        "(predicted: 11 % less)",
     ),
     Pieces(
-        outputs=(512, 512), columns=(3840, 3840), multiprocessors=(108, 170), architectures=frozenset({"sm_80", "sm_90", "sm_120"}),
-        pieces=15,
+        outputs=(512, 512), columns=(3840, 3840), multiprocessors=(108, 170),
+        architectures=frozenset({"sm_80", "sm_90", "sm_120"}), pieces=15,
         reason="8 tiles of outputs are few for so many multiprocessors: pieces of one stage make 120 blocks "
         "(predicted: 19 to 31 % less)",
     ),
@@ -164,7 +165,7 @@ def pieces(N: int, K: int, multiprocessors: int, architecture: str) -> int:
 def schedule(N: int, K: int, multiprocessors: int, architecture: str) -> str:
     """How the kernels cut a product, and why, for `explain`."""
     row = _first(PIECES, N, K, multiprocessors, architecture)
-    number = row.pieces if row else halved(N, K, multiprocessors)
+    number = cut(K, row.pieces)[0] if row else halved(N, K, multiprocessors)
     blocks = -(-N // OUTPUTS) * number
     why = row.reason if row else "K is halved until there are two blocks for each multiprocessor, or pieces get short"
     return f"K in {number} piece{'s' * (number > 1)}, {blocks} blocks on {multiprocessors} multiprocessors: {why}"

@@ -221,6 +221,7 @@ int check_shapes() {
   unsigned seed = 0;
   for (const Shape& shape : shapes) {
     Call call(shape, ++seed);
+    call.arguments.pieces = seed % 4;  // of few stages there may be fewer
     const auto status = call.run();
     const double worst = status == GEMMA4_OK ? call.worst() : INFINITY;
     std::printf("n %ld k %ld group %ld m %ld: %s, %.3f of what is allowed\n", long(shape.n), long(shape.k), long(shape.group),
@@ -240,7 +241,7 @@ void spoil(gemma4_linear_arguments& a, unsigned& spoiled, std::mt19937& random) 
   };
   const int kinds[] = {-1, 3, 7, INT32_MAX, INT32_MIN};
   const int kind = kinds[random() % std::size(kinds)];
-  const unsigned field = random() % 19;
+  const unsigned field = random() % 20;
   if (spoiled >> field & 1) return;
   spoiled |= 1u << field;
   switch (field) {
@@ -265,6 +266,7 @@ void spoil(gemma4_linear_arguments& a, unsigned& spoiled, std::mt19937& random) 
     case 14: a.weight.offsets = a.weight.values == GEMMA4_OFFSETS ? nullptr : a.weight.codes; break;
     case 17: a.weight.table = a.weight.values == GEMMA4_TABLE ? nullptr : static_cast<const float*>(a.weight.codes); break;
     case 15: a.weight.group_scales = a.weight.codes; a.weight.scale_kind = GEMMA4_SCALES_PLAIN; break;
+    case 18: a.pieces = random() % 2 ? -1 : INT32_MIN; break;
     case 16: a.weight.group_scales = nullptr; a.weight.scale_kind = random() % 2 ? kind : GEMMA4_SCALES_SIX_BIT; break;
     default: a.dtype = random() % 2 ? kind : GEMMA4_FP32; break;
   }
