@@ -112,7 +112,7 @@ def module() -> Path | None:
 
 
 def machine_code(architecture: str) -> list[bytes]:
-    """The module's cubins for an architecture, one for each source file with kernels. Raises UnavailableError if there is none."""
+    """The module's cubins for an architecture, one for each source file with kernels. Raises UnavailableError without one."""
     path, tool = module(), sass.cuobjdump()
     if path is None:
         raise UnavailableError("gemma4_kernels._C is not built, so no compiled CUDA kernel is read (docs/cuda.md)")

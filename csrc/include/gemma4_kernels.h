@@ -87,8 +87,8 @@ typedef struct gemma4_linear_arguments {
   const void* bias;   /* (n), or null */
   int32_t dtype;      /* of x and out: gemma4_dtype */
   int32_t bias_dtype; /* gemma4_dtype */
-  int32_t pieces;     /* of k, summed apart: at most so many, whole stages of 256 columns; 0 leaves it to the library. Whoever wants
-                       * the same bits for every m asks for the same pieces. */
+  int32_t pieces;     /* of k, each a sum of its own: at most so many, of whole stages of 256 columns; 0 leaves it to the
+                       * library. The same for every m, or a row's bits depend on m. */
 } gemma4_linear_arguments;
 
 GEMMA4_API int32_t gemma4_abi_version(void);

@@ -95,8 +95,8 @@ gemma4_status check(const gemma4_linear_arguments* arguments) {
 
 int stages_of_weight(const gemma4_weight& w) { return int((w.k + kColumns - 1) / kColumns); }
 
-// Stages of a piece: as many as make the pieces that the caller asks for. By themselves, K is halved until there are two blocks for
-// every multiprocessor, or pieces get short. It depends on the weight's shape and the device only, never on x.
+// Stages of a piece: as many as make the pieces that the caller asks for. Unasked, K is halved until there are two blocks for
+// every multiprocessor, or pieces get short: that depends on the weight's shape and the device only, never on x.
 // gemma4_kernels/linear/cuda_table.py has the twin.
 int piece_stages(const gemma4_linear_arguments& a, int multiprocessors) {
   const gemma4_weight& w = a.weight;

@@ -266,8 +266,8 @@ void spoil(gemma4_linear_arguments& a, unsigned& spoiled, std::mt19937& random) 
     case 14: a.weight.offsets = a.weight.values == GEMMA4_OFFSETS ? nullptr : a.weight.codes; break;
     case 17: a.weight.table = a.weight.values == GEMMA4_TABLE ? nullptr : static_cast<const float*>(a.weight.codes); break;
     case 15: a.weight.group_scales = a.weight.codes; a.weight.scale_kind = GEMMA4_SCALES_PLAIN; break;
-    case 18: a.pieces = random() % 2 ? -1 : INT32_MIN; break;
     case 16: a.weight.group_scales = nullptr; a.weight.scale_kind = random() % 2 ? kind : GEMMA4_SCALES_SIX_BIT; break;
+    case 18: a.pieces = random() % 2 ? -1 : INT32_MIN; break;
     default: a.dtype = random() % 2 ? kind : GEMMA4_FP32; break;
   }
 }
