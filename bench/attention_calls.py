@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels import reference
+from gemma4_kernels.attention import value_codes
 from gemma4_kernels.bench import inputs as draw
 
 if TYPE_CHECKING:
     from gemma4_kernels.bench.cases import AttentionCase, Part
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+"""What `cache` of a case says of values of 8 bits."""
 Inputs = dict[str, Any]
 Result = tuple[Tensor, Tensor]
 
@@ -143,11 +146,21 @@ def _k_eq_v(case: AttentionCase, rng: torch.Generator) -> Inputs:
         "softmax_scale": case.scale,
     }
     values = draw.rows(draw.values, (len(lengths), max(lengths), case.hkv, case.d), rng, dtype)
-    for b, length in enumerate(lengths):
-        values[b, length:] = float("nan")
-    if case.page:
-        values, made["block_table"] = draw.scattered_pages(values, case.page, rng)
-    return {**made, "values": values}
+    if case.cache:
+        # A scale of its own for each head, and some numbers beyond its range.
+        scale = value_codes.FLOAT8_SCALE * torch.tensor([1.0, 0.1])[torch.arange(case.hkv) % 2]
+        values, made["values_scale"] = value_codes.encode(values, CODES[case.cache], scale)
+    caches = {"values": values}
+    if case.cache == "int8":  # the scale of a row lies as the row does
+        caches["values_scale"] = made["values_scale"].unsqueeze(-1)
+    for name, cache in caches.items():
+        for b, length in enumerate(lengths):
+            cache[b, length:] = float("nan") if cache.is_floating_point() else -128
+        if case.page:
+            caches[name], made["block_table"] = draw.scattered_pages(cache, case.page, draw.generator(case.seed))
+    if case.cache == "int8":
+        made["values_scale"] = caches["values_scale"].squeeze(-1)
+    return {**made, "values": caches["values"]}
 
 
 INPUTS = {
@@ -173,6 +186,15 @@ def _rows_of(cache: Tensor, made: Inputs, b: int, length: int) -> Tensor:
     return cache[entry : entry + 1, :length]
 
 
+def _decoded(case: AttentionCase, codes: Tensor, made: Inputs, b: int, length: int, exact: bool) -> Tensor:
+    """(1, length, Hkv, D): the values that codes stand for, exactly or at the case's dtype."""
+    scale = made["values_scale"]  # (Hkv,)
+    if case.cache == "int8":
+        scale = _rows_of(scale, made, b, length)  # (1, length, Hkv)
+    wide: Tensor = codes.double() * scale.double().unsqueeze(-1)
+    return wide if exact else wide.to(DTYPES[case.dtype])
+
+
 def evaluate(case: AttentionCase, made: Inputs, exact: bool) -> Result:
     """Request by request, or part by part, through the reference, on the CPU."""
     if parts := case.parts():
@@ -193,6 +215,8 @@ def _evaluate_request(case: AttentionCase, made: Inputs, b: int, exact: bool, pa
         q = made["q"][b : b + 1]
     if case.op == "k_eq_v_attention":
         caches = [_rows_of(made["values"], made, b, length)]
+        if case.cache:
+            caches = [_decoded(case, caches[0], made, b, length, exact)]
     else:
         names = ("k_cache", "v_cache") if case.op == "flash_attn_with_kvcache" else ("k", "v")
         caches = [_rows_of(made[name], made, b, length - case.new) for name in names]

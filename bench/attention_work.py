@@ -43,16 +43,15 @@ def keys_read(request: Request, left: int, right: int) -> int:
 
 
 def bytes_moved(
-    requests: Iterable[Request], left: int, right: int, *, query_heads: int, kv_heads: int, head_dim: int, itemsize: int,
-    caches: int, new_rows: int = 0,
+    requests: Iterable[Request], left: int, right: int, *, query_heads: int, head_dim: int, itemsize: int,
+    key_bytes: int, new_rows: int = 0,
 ) -> int:  # fmt: skip
-    """q read + out written + lse written + keys and values (`caches` of them: 1 where K is a function of V) that any row
-    sees, read once for all the query heads that share them + rows that the call itself appends, read and written."""
+    """q read + out written + lse written + keys and values (`key_bytes` for a key) that any row sees, read once for all
+    the query heads that share them + rows that the call itself appends, read and written."""
     total = 0
     for request in requests:
         per_row = 2 * query_heads * head_dim * itemsize + query_heads * LSE_BYTES
-        per_key = caches * kv_heads * head_dim * itemsize
-        total += request.rows * per_row + (keys_read(request, left, right) + 2 * new_rows) * per_key
+        total += request.rows * per_row + (keys_read(request, left, right) + 2 * new_rows) * key_bytes
     return total
 
 

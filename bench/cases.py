@@ -23,7 +23,16 @@ from torch import Tensor
 import gemma4_kernels
 from gemma4_kernels.bench import attention_work, baselines
 from gemma4_kernels.bench import inputs as draw
-from gemma4_kernels.bench.attention_calls import DTYPES, INPUTS, Inputs, Result, evaluate, key_lengths, row_counts
+from gemma4_kernels.bench.attention_calls import (
+    CODES,
+    DTYPES,
+    INPUTS,
+    Inputs,
+    Result,
+    evaluate,
+    key_lengths,
+    row_counts,
+)
 from gemma4_kernels.bench.case_strings import BENCH, BENCH_QUICK, EXCERPT_ABOVE, QUICK, CaseString, each_once
 from gemma4_kernels.bench.linear_cases import LINEAR_OPS, LinearCase, linear_bench_cases, linear_cases
 from gemma4_kernels.bench.verification_cases import CASES_OF as VERIFICATION
@@ -71,7 +80,7 @@ FIELDS_OF: dict[str, set[str]] = {
     "flash_attn_func": _MASKED | {"b", "sq", "sk", "blocks", "free"},
     "flash_attn_varlen_func": _MASKED | {"lengths", "page"},
     "flash_attn_with_kvcache": _MASKED | {"b", "sq", "sk", "lengths", "page", "new", "blocks", "leftpad", "shuffled"},
-    "k_eq_v_attention": _ALL | {"b", "sq", "sk", "lengths", "page"},
+    "k_eq_v_attention": _ALL | {"b", "sq", "sk", "lengths", "page", "cache"},
 }
 """What each function's cases may set."""
 
@@ -119,6 +128,8 @@ class AttentionCase(CaseString):
     """First row of each request in its cache, "3+0+7" (cache_leftpad)."""
     shuffled: int = 0
     """1: the cache has twice as many entries, and cache_batch_idx says which are used."""
+    cache: str = ""
+    """"fp8" or "int8": values of 8 bits."""
     tags: frozenset[str] = field(default=frozenset({"full"}), compare=False)
 
     @classmethod
@@ -133,6 +144,8 @@ class AttentionCase(CaseString):
                 raise ValueError(f"parse: {name} must be 0 or 1, got {given[name]}")
         if given.get("dtype", cls.dtype) not in DTYPES:
             raise ValueError(f"parse: dtype must be one of {', '.join(DTYPES)}, got {given['dtype']!r}")
+        if given.get("cache", "") not in ("", *CODES):
+            raise ValueError(f"parse: cache must be one of {', '.join(CODES)}, got {given['cache']!r}")
         if given.get("hq", cls.hq) % given.get("hkv", cls.hkv):
             raise ValueError("parse: hq must be a multiple of hkv")
         if useless := given.keys() - FIELDS_OF[op]:
@@ -230,18 +243,23 @@ class AttentionCase(CaseString):
         """Bytes of the tensors that `inputs` makes, near enough to know whether they fit."""
         requests = self.requests()
         keys = len(requests) * max(request.keys for request in requests) * (2 if self.page else 1)
-        caches = 1 if self.op == "k_eq_v_attention" else 2
         rows = sum(request.rows for request in requests)
-        return DTYPES[self.dtype].itemsize * self.d * (caches * keys * self.hkv + rows * self.hq)
+        return keys * self._key_bytes() + DTYPES[self.dtype].itemsize * self.d * rows * self.hq
 
     def bytes_moved(self) -> int:
         """Fewest bytes through the device's memory: see `attention_work.bytes_moved`."""
         left, right = self._window()
         return attention_work.bytes_moved(
-            self.requests(), left, right, query_heads=self.hq, kv_heads=self.hkv, head_dim=self.d,
-            itemsize=DTYPES[self.dtype].itemsize, caches=1 if self.op == "k_eq_v_attention" else 2,
-            new_rows=self.new,
+            self.requests(), left, right, query_heads=self.hq, head_dim=self.d,
+            itemsize=DTYPES[self.dtype].itemsize, key_bytes=self._key_bytes(), new_rows=self.new,
         )  # fmt: skip
+
+    def _key_bytes(self) -> int:
+        """Of a key's rows in all caches: values alone where K is a function of V, with the scale of a row where it has one."""
+        if self.op != "k_eq_v_attention":
+            return 2 * self.hkv * self.d * DTYPES[self.dtype].itemsize
+        itemsize = CODES[self.cache].itemsize if self.cache else DTYPES[self.dtype].itemsize
+        return self.hkv * (self.d * itemsize + (4 if self.cache == "int8" else 0))
 
     def operations(self) -> int:
         """Multiplications and additions of both products: see `attention_work.operations`."""
@@ -345,6 +363,10 @@ def _attention() -> Iterator[AttentionCase]:
         yield _full("flash_attn_with_kvcache", sq=5, new=5, lengths="5+7+130+40", page=page)
         yield _full("k_eq_v_attention", sq=1, lengths="1+7+130+40", page=page, tags=tags)
         yield _full("k_eq_v_attention", sq=5, lengths="5+7+130+600", page=page)
+        for codes in CODES:
+            yield _full("k_eq_v_attention", sq=1, lengths="1+7+130+40", page=page, cache=codes, tags=tags)
+            yield _full("k_eq_v_attention", sq=5, lengths="5+7+130", page=page, cache=codes, dtype="fp16")
+            yield AttentionCase("k_eq_v_attention", sq=3, lengths="70+3", hq=4, hkv=2, d=128, page=page, cache=codes)
     yield AttentionCase("flash_attn_with_kvcache", sq=3, lengths="0+1+2", hq=4, hkv=2, d=64, right=0)
     # One layout of blocks a request; blocks that the window does not limit, on both kinds of layers.
     small: Any = {"hq": 4, "hkv": 2, "d": 64, "right": 0}
@@ -382,6 +404,9 @@ def _attention_bench() -> Iterator[AttentionCase]:
                 tags = BENCH_QUICK if sk == 4096 and b == 1 else BENCH
                 yield _full("flash_attn_func", b=b, sq=rows, sk=sk, tags=tags)
                 yield _full("k_eq_v_attention", b=b, sq=rows, sk=sk, tags=tags)
+                if b == 1 and sk >= 16384:
+                    yield _full("k_eq_v_attention", sq=rows, sk=sk, cache="fp8", tags=BENCH)
+                    yield _full("k_eq_v_attention", sq=rows, sk=sk, cache="int8", tags=BENCH)
     # Pages, as servers keep them.
     for rows in (1, 5):
         for page in (16, 64):

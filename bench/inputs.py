@@ -68,14 +68,15 @@ def inv_freq(head_dim: int, fraction: float = 0.25, theta: float = 1e6) -> Tenso
 def scattered_pages(rows: Tensor, page_size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """rows (B, S, H, D) -> pages (P, page_size, H, D) in scrambled order and a block table (B, pages of a request) int32.
 
-    There are twice as many pages as are used; the others, and the end of a partial last page, hold NaN.
+    There are twice as many pages as are used; the others, and the end of a partial last page, hold NaN, or -128 as int8.
     """
+    unwritten = float("nan") if rows.is_floating_point() else -128
     batch, size, heads, dim = rows.shape
     per_request = -(-size // page_size)
     num_pages = max(1, 2 * batch * per_request)
     order = torch.randperm(num_pages, generator=rng)[: batch * per_request]
-    padded = rows.new_full((batch, per_request * page_size, heads, dim), float("nan"))
+    padded = rows.new_full((batch, per_request * page_size, heads, dim), unwritten)
     padded[:, :size] = rows
-    pages = rows.new_full((num_pages, page_size, heads, dim), float("nan"))
+    pages = rows.new_full((num_pages, page_size, heads, dim), unwritten)
     pages[order] = padded.view(batch * per_request, page_size, heads, dim)
     return pages, order.view(batch, per_request).to(torch.int32)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels import backends, checks
-from gemma4_kernels.attention import ops
+from gemma4_kernels.attention import ops, value_codes
 from gemma4_kernels.backends import Call
 
 P = ParamSpec("P")
@@ -249,7 +249,8 @@ def flash_attn_with_kvcache(
 @_calls("k_eq_v_attention")
 def k_eq_v_attention(
     q: Tensor, values: Tensor, k_norm_weight: Tensor, inv_freq: Tensor, *, cache_seqlens: int | Tensor | None = None,
-    block_table: Tensor | None = None, softmax_scale: float = 1.0, return_lse: bool = False,
+    block_table: Tensor | None = None, softmax_scale: float = 1.0, values_scale: Tensor | None = None,
+    return_lse: bool = False,
 ) -> Plan:  # fmt: skip
     """Causal attention of a layer whose keys are a function of its values: k[j] = rope(v[j] * k_norm_weight, j).
 
@@ -259,13 +260,15 @@ def k_eq_v_attention(
     Args:
         q: (B, Sq, Hq, D), normed and rotated; row i is the token at position length - Sq + i.
         values: (B, S, Hkv, D) like q, or pages (num_pages, page_size, Hkv, D): what the layer's v_norm gave; row j of a
-            request is position j.
+            request is position j. Or codes of 8 bits, float8_e4m3fn or int8, with values_scale.
         k_norm_weight: (D,), any float dtype.
         inv_freq: (D/2,) fp32 or fp64, in radians per position; pair (d, d + D/2) rotates by position * inv_freq[d], and a
             zero means that it does not rotate.
         cache_seqlens: int or (B,) int32: rows in use. By default all.
         block_table: (B, pages of a request) int32.
         softmax_scale: 1.0 by default, as in Gemma 4.
+        values_scale: fp32, for codes of 8 bits alone; a value is code * scale. (Hkv,) for float8_e4m3fn; for int8 one scale for
+            each row and KV head, values.shape[:-1]. `k_eq_v_norm_rope_append` writes both.
         return_lse: also return lse.
     Returns: out (B, Sq, Hq, D) in q's dtype, sums in fp32; with return_lse also lse (B, Hq, Sq) fp32. Rows before the
         first position give zeros and -inf. Row bits as in `flash_attn_func`.
@@ -276,7 +279,9 @@ def k_eq_v_attention(
     batch, _, _, head_dim = q.shape
     entries = (batch, "S") if block_table is None else ("num_pages", "page_size")
     checks.has_shape(name, "values", values, (*entries, "Hkv", head_dim))
-    _check_heads(name, q, values=values)
+    _check_heads(name, q)
+    _check_groups(name, q, "values", values)
+    value_codes.check(name, values, values_scale, q.dtype)
     if head_dim % 2:
         raise checks.ShapeError(f"{name}: head_dim must be even, got {head_dim}")
     checks.has_shape(name, "k_norm_weight", k_norm_weight, (head_dim,))
@@ -285,13 +290,14 @@ def k_eq_v_attention(
     checks.has_dtype(name, "inv_freq", inv_freq, (torch.float32, torch.float64))
     _check_block_table(name, block_table, batch)
     checks.same_device(
-        name, q=q, values=values, k_norm_weight=k_norm_weight, inv_freq=inv_freq, block_table=block_table
-    )
+        name, q=q, values=values, values_scale=values_scale, k_norm_weight=k_norm_weight, inv_freq=inv_freq,
+        block_table=block_table,
+    )  # fmt: skip
     checks.is_flag(name, "return_lse", return_lse)
     scale = checks.positive_number(name, "softmax_scale", softmax_scale)
     capacity = values.shape[1] if block_table is None else values.shape[1] * block_table.shape[1]
     lengths = _lengths(name, cache_seqlens, capacity, q, new_rows=0)
-    return Plan((q, values, k_norm_weight, inv_freq, lengths, block_table, scale), return_lse)
+    return Plan((q, values, k_norm_weight, inv_freq, lengths, block_table, scale, values_scale), return_lse)
 
 
 # Checks that several functions share --------------------------------------------------------------------------------
@@ -301,17 +307,19 @@ def _check_heads(name: str, q: Tensor, **caches: Tensor) -> None:
     """dtypes, dense last dims, head_dim, and whole groups of query heads."""
     checks.has_dtype(name, "q", q, checks.FLOATS)
     checks.is_dense(name, "q", q)
-    heads, head_dim = q.shape[-2:]
+    head_dim = q.shape[-1]
     if not 1 <= head_dim <= ops.MAX_HEAD_DIM:
         raise checks.ShapeError(f"{name}: head_dim must lie in [1, {ops.MAX_HEAD_DIM}], got {head_dim}")
     for argument, cache in caches.items():
         checks.has_dtype(name, argument, cache, (q.dtype,))
         checks.is_dense(name, argument, cache)
-        kv_heads = cache.shape[-2]
-        if kv_heads < 1 or heads % kv_heads:
-            raise checks.ShapeError(
-                f"{name}: q's heads must be a multiple of {argument}'s {kv_heads} heads, got {heads}"
-            )
+        _check_groups(name, q, argument, cache)
+
+
+def _check_groups(name: str, q: Tensor, argument: str, cache: Tensor) -> None:
+    heads, kv_heads = q.shape[-2], cache.shape[-2]
+    if kv_heads < 1 or heads % kv_heads:
+        raise checks.ShapeError(f"{name}: q's heads must be a multiple of {argument}'s {kv_heads} heads, got {heads}")
 
 
 def _check_block_ids(name: str, block_ids: Tensor | None, q: Tensor, num_keys: int) -> None:

@@ -26,9 +26,11 @@ from gemma4_kernels.attention.eager_tiles import (
     CHUNK_KEYS,
     Keys,
     KeysFromValues,
+    Rows,
     SeparateKeys,
     chosen_rows,
     contiguous_rows,
+    decoded_rows,
     packed_rows,
     paged_rows,
     row_max,
@@ -324,17 +326,21 @@ def append_kv(
 
 def k_eq_v_attention(
     q: Tensor, values: Tensor, k_norm_weight: Tensor, inv_freq: Tensor, cache_seqlens: Tensor,
-    block_table: Tensor | None, softmax_scale: float,
+    block_table: Tensor | None, softmax_scale: float, values_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = _results(q)
-    capacity, num_heads = values.shape[1:3]
+    num_heads = values.shape[2]
+    capacity = values.shape[1] if block_table is None else values.shape[1] * block_table.shape[1]
     lengths = _host(cache_seqlens)
+
+    def rows_of(cache: Tensor, b: int) -> Rows:
+        return contiguous_rows(cache[b]) if block_table is None else paged_rows(cache, block_table[b])
+
     for b in range(q.shape[0]):
-        if block_table is None:
-            rows = contiguous_rows(values[b])
-        else:
-            capacity = values.shape[1] * block_table.shape[1]
-            rows = paged_rows(values, block_table[b])
+        rows = rows_of(values, b)
+        if values_scale is not None:
+            own = values_scale.dim() == 3  # a scale for each row
+            rows = decoded_rows(rows, rows_of(values_scale.unsqueeze(-1), b) if own else None, values_scale)
         keys = KeysFromValues(rows, num_heads, k_norm_weight, inv_freq, lse.dtype)
         request = Request(
             query_start=lengths[b] - q.shape[1], key_start=0, key_end=lengths[b], capacity=capacity, left=-1, right=0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemma4_kernels.attention import value_codes
 from gemma4_kernels.attention.eager import appended_rows
 
 
@@ -41,9 +42,14 @@ def qkv_norm_rope_append(
 
 def k_eq_v_norm_rope_append(
     q: Tensor, k: Tensor, q_norm_weight: Tensor, cos: Tensor, sin: Tensor, values: Tensor, cache_seqlens: Tensor,
-    block_table: Tensor | None, eps: float,
+    block_table: Tensor | None, eps: float, values_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     rows = appended_rows(values, k, cache_seqlens, None, block_table)
     out = _rotated(_normed(q, q_norm_weight, eps), cos, sin)
-    values[rows] = _normed(k, None, eps)
+    normed = _normed(k, None, eps)
+    if values.dtype != k.dtype:
+        normed, scale = value_codes.encode(normed, values.dtype, values_scale)
+        if values_scale is not None and values_scale.dim() == 3:  # a scale for each row
+            values_scale[rows] = scale
+    values[rows] = normed
     return out.contiguous()

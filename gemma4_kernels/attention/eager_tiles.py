@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gemma4_kernels.attention.value_codes import decode
 from gemma4_kernels.op_support import DECODE_ROWS
 
 # Keys of a prefill tile, and of one chunk of a decode tile: a matmul of this size is one BLAS call's efficient inner loop.
@@ -60,6 +61,13 @@ def packed_rows(packed: Tensor, offset: Tensor) -> Rows:
 def chosen_rows(cache: Tensor, entry: Tensor) -> Rows:
     """cache (B, S, H, D); entry (1,) on the device: which of the B."""
     return lambda start, stop: cache[:, start:stop].index_select(0, entry)[0]
+
+
+def decoded_rows(codes: Rows, scales: Rows | None, values_scale: Tensor) -> Rows:
+    """Rows of 8-bit codes as rows of values, fp32; `scales` gives (stop - start, H, 1) where each row has its own."""
+    if scales is None:
+        return lambda start, stop: decode(codes(start, stop), values_scale)
+    return lambda start, stop: decode(codes(start, stop), scales(start, stop).squeeze(-1))
 
 
 # Products with one tile ---------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels import backends, checks
+from gemma4_kernels.attention import value_codes
 from gemma4_kernels.backends import Call, Implementation
 from gemma4_kernels.op_support import DECODE_ROWS, fp32_sums, refuse_backward
 from gemma4_kernels.triton_common import support
@@ -46,7 +47,7 @@ SCHEMAS = {
     ),
     "k_eq_v_attention": (
         "(Tensor q, Tensor values, Tensor k_norm_weight, Tensor inv_freq, Tensor cache_seqlens, Tensor? block_table, "
-        "float softmax_scale) -> (Tensor, Tensor)"
+        "float softmax_scale, Tensor? values_scale=None) -> (Tensor, Tensor)"
     ),
 }
 
@@ -109,9 +110,11 @@ def _describe_append(
 
 def _describe_k_eq_v(
     q: Tensor, values: Tensor, k_norm_weight: Tensor, inv_freq: Tensor, cache_seqlens: Tensor,
-    block_table: Tensor | None, softmax_scale: float,
+    block_table: Tensor | None, softmax_scale: float, values_scale: Tensor | None = None,
 ) -> Call:  # fmt: skip
-    return _call("k_eq_v_attention", q, q.shape[1], paged=block_table is not None)
+    return _call(
+        "k_eq_v_attention", q, q.shape[1], paged=block_table is not None, **value_codes.feature(values)
+    )  # fmt: skip
 
 
 DESCRIBERS: dict[str, Callable[..., Call]] = {
@@ -271,7 +274,7 @@ for _op in DESCRIBERS:
             backend="eager",
             entry=f"gemma4_kernels.attention.eager:{_op}",
             dtypes=frozenset(checks.FLOATS),
-            features=_ALL_FEATURES,
+            features=_ALL_FEATURES | frozenset(value_codes.FEATURES.values()),
             max_head_dim=MAX_HEAD_DIM,
         )
     )

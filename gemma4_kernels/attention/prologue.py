@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels import backends, checks
-from gemma4_kernels.attention import prologue_ops
+from gemma4_kernels.attention import prologue_ops, value_codes
 from gemma4_kernels.attention.api import _check_block_table, _check_heads, _lengths
 from gemma4_kernels.attention.ops import _capacity
 from gemma4_kernels.backends import Call
@@ -95,17 +95,22 @@ def qkv_norm_rope_append(
 @_calls_its_op
 def k_eq_v_norm_rope_append(
     q: Tensor, k: Tensor, q_norm_weight: Tensor, cos: Tensor, sin: Tensor, values: Tensor, *,
-    cache_seqlens: int | Tensor, block_table: Tensor | None = None, eps: float = 1e-6,
+    cache_seqlens: int | Tensor, block_table: Tensor | None = None, values_scale: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> tuple[Any, ...]:  # fmt: skip
     """`qkv_norm_rope_append` for a layer whose k and v are one projection and whose cache holds the values alone.
 
-    What is written is k / sqrt(mean(k^2) + eps), the layer's v. k_norm and the rotation of the keys belong to
+    What is written is k / sqrt(mean(k^2) + eps), the layer's v, rounded to k's dtype and then, where the cache has 8 bits, to
+    its codes (`attention.value_codes`). k_norm and the rotation of the keys belong to
     `k_eq_v_attention`, which reads them out of the values.
 
     Args:
         q: (B, S, Hq, D), as in `qkv_norm_rope_append`.
         k: (B, S, Hkv, D): what k_proj gave.
-        values: (B, capacity, Hkv, D), or pages (num_pages, page_size, Hkv, D) with block_table. Changed in place.
+        values: (B, capacity, Hkv, D), or pages (num_pages, page_size, Hkv, D) with block_table; of q's dtype, float8_e4m3fn
+            or int8. Changed in place.
+        values_scale: fp32, for values of 8 bits alone: (Hkv,) for float8_e4m3fn, which is read (1/16 fits what a norm gives,
+            to head_dim 512); values.shape[:-1] for int8, changed in place.
         The others: as in `qkv_norm_rope_append`.
     Returns: q, normed and rotated, (B, S, Hq, D), contiguous.
     Raises: as `qkv_norm_rope_append`.
@@ -116,13 +121,17 @@ def k_eq_v_norm_rope_append(
     checks.has_shape(name, "k", k, (batch, rows, "Hkv", head_dim))
     _check_heads(name, q, k=k)
     _check_block_table(name, block_table, batch)
-    _check_cache(name, "values", values, k, block_table)
+    _check_cache(name, "values", values, k, block_table, tuple(value_codes.FEATURES))
+    value_codes.check(name, values, values_scale, k.dtype)
+    if values_scale is not None:
+        _check_own_memory(name, "values_scale", values_scale)
     checks.same_device(
-        name, q=q, k=k, q_norm_weight=q_norm_weight, cos=cos, sin=sin, values=values, block_table=block_table
-    )
+        name, q=q, k=k, q_norm_weight=q_norm_weight, cos=cos, sin=sin, values=values, values_scale=values_scale,
+        block_table=block_table,
+    )  # fmt: skip
     lengths = _rows_in_use(name, cache_seqlens, values, block_table, q)
     eps = checks.positive_number(name, "eps", eps)
-    return q, k, q_norm_weight, cos, sin, values, lengths, block_table, eps
+    return q, k, q_norm_weight, cos, sin, values, lengths, block_table, eps, values_scale
 
 
 # Checks that both share ---------------------------------------------------------------------------------------------
@@ -150,13 +159,20 @@ def _check_weight(name: str, argument: str, weight: Tensor, head_dim: int) -> No
     checks.is_dense(name, argument, weight)
 
 
-def _check_cache(name: str, argument: str, cache: Tensor, new: Tensor, block_table: Tensor | None) -> None:
+def _check_cache(
+    name: str, argument: str, cache: Tensor, new: Tensor, block_table: Tensor | None,
+    codes: tuple[torch.dtype, ...] = (),
+) -> None:  # fmt: skip
     """A cache that takes the rows of `new`, and in which each row has its own memory."""
     batch, _, heads, head_dim = new.shape
     entries = (batch, "capacity") if block_table is None else ("num_pages", "page_size")
     checks.has_shape(name, argument, cache, (*entries, heads, head_dim))
-    checks.has_dtype(name, argument, cache, (new.dtype,))
+    checks.has_dtype(name, argument, cache, (new.dtype, *codes))
     checks.is_dense(name, argument, cache)
+    _check_own_memory(name, argument, cache)
+
+
+def _check_own_memory(name: str, argument: str, cache: Tensor) -> None:
     if any(size > 1 and stride == 0 for size, stride in zip(cache.shape, cache.stride(), strict=True)):
         raise checks.StrideError(f"{name}: {argument} must not be expanded, got strides {tuple(cache.stride())}")
 

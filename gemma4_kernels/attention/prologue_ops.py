@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels import backends, checks
+from gemma4_kernels.attention import value_codes
 from gemma4_kernels.attention.ops import MAX_HEAD_DIM, _call, _capacity
 from gemma4_kernels.backends import Call, Implementation
 from gemma4_kernels.op_support import fp32_sums
@@ -26,7 +27,7 @@ SCHEMAS = {
     ),
     "k_eq_v_norm_rope_append": (
         "(Tensor q, Tensor k, Tensor q_norm_weight, Tensor cos, Tensor sin, Tensor(a!) values, Tensor cache_seqlens, "
-        "Tensor? block_table, float eps) -> Tensor"
+        "Tensor? block_table, float eps, Tensor(b!)? values_scale=None) -> Tensor"
     ),
 }
 
@@ -43,9 +44,11 @@ def _describe_qkv(
 
 def _describe_k_eq_v(
     q: Tensor, k: Tensor, q_norm_weight: Tensor, cos: Tensor, sin: Tensor, values: Tensor, cache_seqlens: Tensor,
-    block_table: Tensor | None, eps: float,
+    block_table: Tensor | None, eps: float, values_scale: Tensor | None = None,
 ) -> Call:  # fmt: skip
-    return _call("k_eq_v_norm_rope_append", q, q.shape[1], paged=block_table is not None)
+    return _call(
+        "k_eq_v_norm_rope_append", q, q.shape[1], paged=block_table is not None, **value_codes.feature(values)
+    )  # fmt: skip
 
 
 DESCRIBERS: dict[str, Callable[..., Call]] = {
@@ -82,7 +85,7 @@ def _check_qkv(
 
 def _check_k_eq_v(
     q: Tensor, k: Tensor, q_norm_weight: Tensor, cos: Tensor, sin: Tensor, values: Tensor, cache_seqlens: Tensor,
-    block_table: Tensor | None, eps: float,
+    block_table: Tensor | None, eps: float, values_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     _check_rows("k_eq_v_norm_rope_append", values, k.shape[1], cache_seqlens, block_table)
 
@@ -120,7 +123,7 @@ for _op, _schema in SCHEMAS.items():
             backend="eager",
             entry=f"gemma4_kernels.attention.eager_prologue:{_op}",
             dtypes=frozenset(checks.FLOATS),
-            features=frozenset({"paged"}),
+            features=frozenset({"paged", *value_codes.FEATURES.values()}),
             max_head_dim=MAX_HEAD_DIM,
         )
     )

@@ -38,6 +38,7 @@ class TransformersTarget:
     Args:
         model: in evaluation mode, on one device.
         values_only: full layers whose keys are a function of their values cache the values alone, which is half the memory.
+        values_dtype: of those; float8_e4m3fn or int8 halves a bf16 cache once more, and changes the text (docs/attention.md).
         max_rows: the most rows of a pass over drafts; a batch with more is read in groups, and its prompts one by one. With 16,
             and layers whose rows do not change one another's bits up to 16 (QuantizedLinear), a text has the same bits behind
             it with drafts or without, whatever the batch, at the price of reading the weights for each group.
@@ -47,8 +48,9 @@ class TransformersTarget:
     """
 
     def __init__(
-        self, model: Any, *, values_only: bool = True, max_rows: int | None = None, prefill_chunk: int = 2048
-    ) -> None:
+        self, model: Any, *, values_only: bool = True, values_dtype: torch.dtype | None = None,
+        max_rows: int | None = None, prefill_chunk: int = 2048,
+    ) -> None:  # fmt: skip
         self.model = model
         self.config = model.config.get_text_config()
         kinds = getattr(self.config, "layer_types", None)
@@ -67,6 +69,9 @@ class TransformersTarget:
         self._owner = [index if index < num_own else last[kind] for index, kind in enumerate(kinds)]
         self._shared = {KIND_OF[kind]: index for kind, index in last.items()}
         self._layers = {index: self._cached_layer(index, values_only) for index in range(num_own)}
+        if values_dtype is not None and not values_only:
+            raise ValueError(f"TransformersTarget: values_dtype must be None without values_only, got {values_dtype}")
+        self._values_dtype = values_dtype
         self.max_rows = max_rows
         if max_rows is not None:
             checks.whole_number("TransformersTarget", "max_rows", max_rows, minimum=1)
@@ -105,7 +110,7 @@ class TransformersTarget:
         self.cache = None  # the one before need not stay while this one is made
         self.cache = SpeculativeCache(
             self._layers, batch=batch, max_positions=max_positions, tentative_rows=tentative_rows,
-            dtype=self.model.dtype, device=self.device,
+            dtype=self.model.dtype, device=self.device, values_dtype=self._values_dtype,
         )  # fmt: skip
         self._blocks = self._block_ids(inputs.get("mm_token_type_ids"))
         given = {name: value for name, value in inputs.items() if value is not None}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels import checks
+from gemma4_kernels.attention import value_codes
 from gemma4_kernels.attention.api import flash_attn_with_kvcache, k_eq_v_attention
 from gemma4_kernels.attention.ring import RingCache
 from gemma4_kernels.mtp.rows import LayerRows, SharedRows
@@ -54,14 +55,21 @@ class SpeculativeCache:
         max_positions: the longest text of a request, tentative rows included.
         tentative_rows: the most rows of a pass after the first.
         dtype, device: of keys and values.
+        values_dtype: of the layers that cache values alone: dtype, or float8_e4m3fn or int8, half the bytes of a bf16 cache
+            at the error that docs/attention.md states.
     Raises: ValueError, TypeError.
     """
 
     def __init__(
         self, layers: Mapping[int, CachedLayer], *, batch: int, max_positions: int, tentative_rows: int,
-        dtype: torch.dtype, device: torch.device | str,
+        dtype: torch.dtype, device: torch.device | str, values_dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         name = "SpeculativeCache"
+        values_dtype = values_dtype or dtype
+        if values_dtype not in (dtype, *value_codes.FEATURES):
+            raise checks.DTypeError(
+                f"{name}: values_dtype must be {dtype}, torch.float8_e4m3fn or torch.int8, got {values_dtype}"
+            )
         checks.whole_number(name, "batch", batch, minimum=1)
         checks.whole_number(name, "max_positions", max_positions, minimum=1)
         checks.whole_number(name, "tentative_rows", tentative_rows, minimum=1)
@@ -71,6 +79,7 @@ class SpeculativeCache:
         self.layers = dict(layers)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)  # committed rows
         self._pages: dict[int, tuple[Tensor | None, Tensor]] = {}  # (num_pages, page_size, Hkv, D) of keys and values
+        self._scales: dict[int, Tensor] = {}  # of values of 8 bits: (Hkv,) or (num_pages, page_size, Hkv)
         self._tables: dict[str, Tensor] = {}  # kind -> (B, pages of a request) int32
         self._page_sizes: dict[str, int] = {}
         self._capacity = 0  # rows of a ring
@@ -90,8 +99,15 @@ class SpeculativeCache:
                 table, page_size = ring.block_table(max_positions), ring.page_size
             else:
                 shape = (batch * per_request, FULL_PAGE, heads, head_dim)
-                keys = None if layer.k_norm_weight is not None else torch.zeros(shape, dtype=dtype, device=device)
-                self._pages[index] = (keys, torch.zeros(shape, dtype=dtype, device=device))
+                if layer.k_norm_weight is None:
+                    self._pages[index] = (
+                        torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+                    )  # fmt: skip
+                elif values_dtype == dtype:
+                    self._pages[index] = (None, torch.zeros(shape, dtype=dtype, device=device))
+                else:
+                    values, self._scales[index] = value_codes.allocate(shape, values_dtype, device)
+                    self._pages[index] = (None, values)
                 pages = torch.arange(batch * per_request, dtype=torch.int32, device=device)
                 table, page_size = pages.view(batch, per_request), FULL_PAGE
             self._tables[layer.kind], self._page_sizes[layer.kind] = table, page_size
@@ -102,8 +118,9 @@ class SpeculativeCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
-        return sum(rows.nbytes for pages in self._pages.values() for rows in pages if rows is not None)
+        """Bytes of all keys and values, with their scales."""
+        scales = sum(scale.nbytes for scale in self._scales.values())
+        return scales + sum(rows.nbytes for pages in self._pages.values() for rows in pages if rows is not None)
 
     def begin_prompts(self, lengths: list[int], start: int, stop: int, group: slice = _ALL) -> None:
         """Announce a pass over positions start to stop - 1 of the prompts of a group of requests, padded on the right to
@@ -161,12 +178,16 @@ class SpeculativeCache:
     def write(self, index: int, keys: Tensor, values: Tensor) -> None:
         """Put a layer's rows of the pass (B, S, Hkv, D), normed and rotated, where they belong."""
         kind = self.layers[index].kind
-        source = self._sources[kind]
+        source, scale = self._sources[kind], self._scales.get(index)
         for pages, rows in zip(self._pages[index], (keys, values), strict=True):
             if pages is not None:
                 flat = rows.flatten(0, 1)
                 flat = flat if source is None else flat[source]
-                pages.flatten(0, 1).index_copy_(0, self._places[kind], flat.to(pages.dtype))
+                if scale is not None:
+                    flat, row_scale = value_codes.encode(flat, pages.dtype, scale)
+                    if scale.dim() == 3:  # a scale for each row
+                        scale.flatten(0, 1)[self._places[kind]] = row_scale
+                pages.flatten(0, 1)[self._places[kind]] = flat.to(pages.dtype)
 
     def attend(self, index: int, q: Tensor, *, softmax_scale: float) -> Tensor:
         """Attention of tentative rows q (B, S, Hq, D) to what a layer holds: (B, S, Hq, D)."""
@@ -177,7 +198,7 @@ class SpeculativeCache:
             assert layer.inv_freq is not None
             out = k_eq_v_attention(
                 q, values, layer.k_norm_weight, layer.inv_freq, cache_seqlens=self._attended, block_table=table,
-                softmax_scale=softmax_scale,
+                softmax_scale=softmax_scale, values_scale=self._scales.get(index),
             )  # fmt: skip
         else:
             window = (-1, -1) if layer.window is None else (layer.window - 1, 0)
@@ -202,6 +223,8 @@ class SpeculativeCache:
 
         def of(index: int) -> LayerRows:
             layer, (keys, values) = self.layers[index], self._pages[index]
-            return LayerRows(keys, values, self._tables[layer.kind], layer.k_norm_weight, layer.inv_freq)
+            return LayerRows(
+                keys, values, self._tables[layer.kind], layer.k_norm_weight, layer.inv_freq, self._scales.get(index)
+            )
 
         return SharedRows(of(sliding), of(full), self.lengths)

@@ -103,8 +103,9 @@ class _Attention(nn.Module):
             assert rows.k_norm_weight is not None  # Drafter.draft has looked
             assert rows.inv_freq is not None
             out = k_eq_v_attention(
-                q, rows.values, rows.k_norm_weight, rows.inv_freq, cache_seqlens=lengths, block_table=rows.block_table
-            )
+                q, rows.values, rows.k_norm_weight, rows.inv_freq, cache_seqlens=lengths, block_table=rows.block_table,
+                values_scale=rows.values_scale,
+            )  # fmt: skip
         else:
             out = flash_attn_with_kvcache(
                 q, rows.keys, rows.values, cache_seqlens=lengths, block_table=rows.block_table, softmax_scale=1.0,

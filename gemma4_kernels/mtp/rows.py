@@ -22,6 +22,8 @@ class LayerRows:
     """(D,), where keys is None: key[j] = rope(value[j] * k_norm_weight, j)."""
     inv_freq: Tensor | None = None
     """(D/2,) fp32 with its zeros, where keys is None."""
+    values_scale: Tensor | None = None
+    """fp32, where values are codes of 8 bits: see `k_eq_v_attention`."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class SharedRows:
             return rows
 
         def layer(found: Any) -> LayerRows:
-            return LayerRows(*(getattr(found, field.name) for field in fields(LayerRows)))
+            # What has a default may be missing.
+            present = [each.name for each in fields(LayerRows) if hasattr(found, each.name)]
+            return LayerRows(**{name: getattr(found, name) for name in present})
 
         return cls(layer(rows.sliding), layer(rows.full), rows.lengths)

@@ -39,7 +39,10 @@ OP_OF = {
 
 def plan(case: AttentionCase, device: str = "cpu") -> api.Plan:
     function = getattr(api, case.op)
-    made = {name: value.nan_to_num() if torch.is_tensor(value) else value for name, value in case.inputs().items()}
+    made = {
+        name: value.nan_to_num() if torch.is_tensor(value) and value.dtype != torch.float8_e4m3fn else value
+        for name, value in case.inputs().items()
+    }
     return function.__wrapped__(**{n: v.to(device) if torch.is_tensor(v) else v for n, v in made.items()})
 
 

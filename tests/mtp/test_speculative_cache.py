@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gemma4_kernels import flash_attn_func
+from gemma4_kernels.attention.value_codes import FLOAT8_SCALE, decode, encode
 from gemma4_kernels.mtp import CachedLayer, SpeculativeCache
 from gemma4_kernels.reference import keys_from_values, proportional_inv_freq
 
@@ -99,13 +100,58 @@ def _check_what_a_drafter_reads(cache, kept):
                     assert torch.equal(found[page, position % page_size], truth[0, position])
 
 
-def test_a_full_layer_that_needs_no_keys_caches_half():
-    def nbytes(layer):
-        return SpeculativeCache(
-            {0: layer}, batch=2, max_positions=128, tentative_rows=5, dtype=torch.bfloat16, device="cpu"
-        ).nbytes
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_values_of_8_bits_are_attended_to_as_they_are_written(kind):
+    """Rejected rows leave nothing behind, in the codes or in their scales; a drafter gets both."""
+    cache = SpeculativeCache(
+        {8: VALUES_ONLY}, batch=2, max_positions=200, tentative_rows=4, dtype=torch.float64, device="cpu",
+        values_dtype=kind,
+    )  # fmt: skip
+    lengths = [70, 3]  # more than a page, and less
+    prompt = randn(2, 70, HEADS, HEAD_DIM, seed=1)
+    cache.begin_prompts(lengths, 0, 70)
+    cache.write(8, prompt, prompt)
+    cache.commit(torch.tensor(lengths))
+    kept = [prompt[b : b + 1, :n] for b, n in enumerate(lengths)]
+    for turn in range(4):
+        new = randn(2, 4, HEADS, HEAD_DIM, seed=10 + turn) * (1 + turn)
+        cache.begin_rows(4)
+        cache.write(8, new, new)
+        q = randn(2, 4, 2 * HEADS, HEAD_DIM, seed=turn)
+        out = cache.attend(8, q, softmax_scale=1.0)
+        for b, old in enumerate(kept):
+            whole = torch.cat((old, new[b : b + 1]), 1)
+            seen = decode(*encode(whole, kind, torch.full((HEADS,), FLOAT8_SCALE))).double()
+            torch.testing.assert_close(
+                out[b : b + 1], expected(VALUES_ONLY, q[b : b + 1], seen, seen), rtol=1e-9, atol=1e-9
+            )
+        cache.commit(torch.tensor([2, 4]))
+        kept = [torch.cat((old, new[b : b + 1, :n]), 1) for b, (old, n) in enumerate(zip(kept, (2, 4), strict=True))]
+    cache.keep(torch.tensor([1]))
+    rows = cache.rows(8, 8).full
+    pages = decode(rows.values, rows.values_scale)[rows.block_table[0].long()].flatten(0, 1)[None, : kept[1].shape[1]]
+    assert torch.equal(pages, decode(*encode(kept[1], kind, torch.full((HEADS,), FLOAT8_SCALE))))
 
-    assert nbytes(VALUES_ONLY) * 2 == nbytes(FULL)
+
+def test_a_dtype_that_values_cannot_have():
+    with pytest.raises(TypeError, match=r"values_dtype must be .*float8_e4m3fn or torch.int8, got torch.int16"):
+        SpeculativeCache(
+            {0: FULL}, batch=1, max_positions=9, tentative_rows=1, dtype=torch.float32, device="cpu",
+            values_dtype=torch.int16,
+        )  # fmt: skip
+
+
+def test_a_full_layer_that_needs_no_keys_caches_half():
+    def nbytes(layer, values_dtype=None):
+        return SpeculativeCache(
+            {0: layer}, batch=2, max_positions=128, tentative_rows=5, dtype=torch.bfloat16, device="cpu",
+            values_dtype=values_dtype,
+        ).nbytes  # fmt: skip
+
+    half = nbytes(VALUES_ONLY)
+    assert half * 2 == nbytes(FULL)
+    assert nbytes(VALUES_ONLY, torch.float8_e4m3fn) == half // 2 + 4 * HEADS
+    assert nbytes(VALUES_ONLY, torch.int8) == half // 2 + 4 * HEADS * 2 * 128
 
 
 def test_a_ring_does_not_grow_with_the_text():

@@ -128,6 +128,19 @@ def test_a_pass_over_drafts_gives_the_logits_of_a_pass_over_everything(pair, val
         lengths = [length + 4 for length in committed]
 
 
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_values_of_8_bits_keep_drafts_without_loss(pair, kind):
+    model, assistant = pair
+    asked = prompts(*LENGTHS)
+    plain = mtp.generate(TransformersTarget(model, values_dtype=kind), None, asked, max_new_tokens=NEW).tokens
+    texts = [prompt + new for prompt, new in zip(asked, plain, strict=True)]
+    for drafter in (assistant, teller(texts, 3)):
+        target = TransformersTarget(model, values_dtype=kind)
+        assert mtp.generate(target, drafter, asked, max_new_tokens=NEW, num_drafts=3).tokens == plain
+    with pytest.raises(ValueError, match="values_dtype must be None without values_only"):
+        TransformersTarget(model, values_only=False, values_dtype=kind)
+
+
 @pytest.mark.parametrize("chunk", [1, 5, WINDOW - 1, WINDOW, 2 * WINDOW + 3])
 @pytest.mark.parametrize("name", [None, *VARIANTS])
 def test_prompts_read_in_chunks_are_read_the_same(pair, chunk, name):

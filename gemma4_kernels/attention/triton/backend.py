@@ -77,8 +77,9 @@ def append_kv(
 
 def k_eq_v_attention(
     q: Tensor, values: Tensor, k_norm_weight: Tensor, inv_freq: Tensor, cache_seqlens: Tensor,
-    block_table: Tensor | None, softmax_scale: float,
+    block_table: Tensor | None, softmax_scale: float, values_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    assert values_scale is None, "the features of this backend hold no values of 8 bits"
     call = AttentionCall(
         q, values, values, batch=q.shape[0], num_rows=q.shape[1], capacity=_capacity(values, block_table),
         scale=softmax_scale, left=-1, right=0, lengths=dense(cache_seqlens), table=dense(block_table),

@@ -201,8 +201,9 @@ def qkv_norm_rope_append(
 
 def k_eq_v_norm_rope_append(
     q: Tensor, k: Tensor, q_norm_weight: Tensor, cos: Tensor, sin: Tensor, values: Tensor, cache_seqlens: Tensor,
-    block_table: Tensor | None, eps: float,
+    block_table: Tensor | None, eps: float, values_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    assert values_scale is None, "the features of this backend hold no values of 8 bits"
     out = q.new_empty(q.shape)
     plan(q, None, k, q_norm_weight, None, cos, sin, None, values, cache_seqlens, block_table, eps, out).run()
     return out
