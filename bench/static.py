@@ -1,8 +1,8 @@
 """What compiled kernels say before any GPU has run them: registers, spills, shared memory, and what will bind the main loop.
 
-A family registers a provider, a function that compiles its kernels for an architecture and yields them as `CompiledKernel`s, or
-as `LazyKernel`s that are compiled only if they are asked for. `sass` reads their machine code. No figure is a measurement: each
-is a property of the code, or follows from it and a data sheet (`cards`).
+A family registers a provider, a function that compiles or finds its kernels for an architecture and yields them as
+`CompiledKernel`s, or as `LazyKernel`s that are compiled only if they are asked for. `sass` reads their machine code. No figure
+is a measurement: each is a property of the code, or follows from it and a data sheet (`cards`).
 
 For 128 bytes of cache or weights that the main loop takes in, and for the whole card with every SM at work:
 

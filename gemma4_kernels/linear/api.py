@@ -131,7 +131,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _describe_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Call:
     call = _describe("quantized_linear", x, bias is not None, weight=weight)
-    return call.noting("cuda", cuda.describe_schedule(x, weight))
+    return call.noting("cuda", cuda.describe_choice(call))
 
 
 def _describe_geglu(x: Tensor, gate: QuantizedWeight, up: QuantizedWeight) -> Call:

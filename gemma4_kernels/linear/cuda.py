@@ -56,13 +56,11 @@ def refuses(call: Call) -> str | None:
     return None if choice.compiled else choice.reason
 
 
-def describe_schedule(x: Tensor, weight: QuantizedWeight) -> str:
-    """How K would be cut and why, for `explain`."""
-    return cuda_table.schedule(*weight.shape, *_device(x))
-
-
-def _device(x: Tensor) -> tuple[int, str]:
-    return support.multiprocessors(x.device), backends.architecture_of(x.device)
+def describe_choice(call: Call) -> str:
+    """What the table says of a call that it gives to the kernels, for `explain`."""
+    M, N, K = call.sizes
+    place = (N, K, call.multiprocessors, call.architecture)
+    return f"{cuda_table.choice(M, *place).reason}; {cuda_table.schedule(*place)}"
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -84,7 +82,7 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) ->
         zeros=_address(weight.zeros), offsets=_address(weight.offsets), group_scales=_address(weight.group_scales),
         table=_address(weight.table),
         values=_VALUES[layout.values], scale_kind=_SCALES[layout.scales], zero=layout.zero,
-        pieces=cuda_table.pieces(N, K, *_device(x)),
+        pieces=cuda_table.pieces(N, K, support.multiprocessors(x.device), backends.architecture_of(x.device)),
     )  # fmt: skip
     on_gpu = x.device.type == "cuda"
     with torch.cuda.device(x.device if on_gpu else -1):

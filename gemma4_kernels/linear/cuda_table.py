@@ -60,7 +60,8 @@ class Pieces(Row):
 CHOICES: tuple[Choice, ...] = (
     Choice(
         rows=(0, MOST_ROWS), compiled=True,
-        reason="up to 16 rows every card in sight waits for memory, which is all that these kernels wait for",
+        reason="up to 16 rows a product waits for its weight, which these kernels read at the speed of memory "
+        "(predicted, on consumer cards)",
     ),
     Choice(
         rows=(MOST_ROWS + 1, _ANY[1]), compiled=False,

@@ -164,6 +164,7 @@ def test_explain_shows_the_reasons(on_emulator, monkeypatch):
     weight, x = random_weight("Q4_0", (70, 1024)), drawn(17, 1024)
     use_pieces(monkeypatch, 3)
     said = str(explain("quantized_linear", x=x[:2], weight=weight))
+    assert cuda_table.CHOICES[0].reason in said
     assert "K in 2 pieces, 4 blocks on 28 multiprocessors: for a test" in said
     monkeypatch.setattr(cuda_table, "PIECES", ())
     assert "K in 1 piece, 2 blocks on 28 multiprocessors: K is halved until" in str(
