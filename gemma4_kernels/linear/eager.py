@@ -24,9 +24,7 @@ _PREFILL_BYTES = 1 << 23  # enough outputs at a time for PyTorch's product to be
 _ARGMAX_ROWS = 128  # rows of x whose logits exist at a time
 
 
-def quantized_linear(
-    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, residual: Tensor | None = None
-) -> Tensor:
+def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     if eager_int4.refusal(x, weight, bias is not None or residual is not None) is None:
         return eager_int4.product(_in_stored_order(x, weight), weight)
     out = x.new_empty((x.shape[0], weight.shape[0]))

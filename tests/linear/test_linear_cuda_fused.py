@@ -105,7 +105,9 @@ def test_geglu_rounds_once():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("scheme", "shape"), [("Q4_0", (70, 640)), ("Q4_K", (40, 2048)), ("AWQ", (33, 2304)), ("NF4", (70, 640))])
+@pytest.mark.parametrize(
+    ("scheme", "shape"), [("Q4_0", (70, 640)), ("Q4_K", (40, 2048)), ("AWQ", (33, 2304)), ("NF4", (70, 640))]
+)
 def test_a_row_of_geglu_keeps_its_bits_among_others(scheme, shape, dtype):
     (gate, up), x = pair(scheme, shape), 0.2 * drawn(16, shape[1], dtype=dtype)
     together = quantized_geglu(x, gate, up)
@@ -286,7 +288,11 @@ def test_a_case_keeps_the_error_rule(case):
 
 def test_two_weights_that_no_kernel_reads_at_once_have_a_reason():
     gate, x = random_weight("Q4_0"), drawn(2, 160)
-    for up in (random_weight("Q4_1"), random_weight("NF4"), replace(random_weight("GPTQ"), columns=torch.arange(160).int())):
+    for up in (
+        random_weight("Q4_1"),
+        random_weight("NF4"),
+        replace(random_weight("GPTQ"), columns=torch.arange(160).int()),
+    ):
         said = explain("quantized_geglu", x=x, gate=gate, up=up)
         assert said.taken is None
         with pytest.raises(BackendError, match="does not support gate and up of different schemes"):

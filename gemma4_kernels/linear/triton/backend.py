@@ -13,9 +13,7 @@ from gemma4_kernels.linear.weight import QuantizedWeight
 from gemma4_kernels.triton_common.devices import card_of
 
 
-def quantized_linear(
-    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, residual: Tensor | None = None
-) -> Tensor:
+def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """x @ W.T (+ bias) (+ residual): (M, N) in x's dtype."""
     return _product(x, weight, bias, x.dtype, residual)
 
