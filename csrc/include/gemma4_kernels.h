@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-#define GEMMA4_ABI_VERSION 1
+#define GEMMA4_ABI_VERSION 2
 
 typedef enum gemma4_status {
   GEMMA4_OK = 0,
@@ -88,8 +88,8 @@ typedef struct gemma4_weight {
   int32_t bits;
 } gemma4_weight;
 
-/* out (m, n) = x (m, k) W^T + bias + residual, 0 <= m <= 16, summed in fp32 and rounded once. The bits of a row depend on its own numbers,
- * the weight and the device, not on m or on the other rows. */
+/* out (m, n) = x (m, k) W^T + bias + residual, 0 <= m <= 16, summed in fp32 and rounded once. The bits of a row depend on its
+ * own numbers, the weight, the device and pieces, not on m or on the other rows. */
 typedef struct gemma4_linear_arguments {
   gemma4_weight weight;
   int64_t m;
@@ -102,6 +102,8 @@ typedef struct gemma4_linear_arguments {
   int32_t bias_dtype; /* gemma4_dtype */
   const void* residual;    /* (m, n) as out, which it may be, or null */
   int64_t residual_stride; /* elements from row to row of residual; at least n */
+  int32_t pieces; /* of k, each a sum of its own: at most so many, of whole stages of 256 columns, of 8-bit codes 128; 0
+                   * leaves it to the library. The same for every m, or a row's bits depend on m. */
 } gemma4_linear_arguments;
 
 /* out (m, n) = gelu(x G^T) * (x U^T), gelu by its tanh approximation, all in fp32 and rounded once. gate and up are weights of one
@@ -115,10 +117,11 @@ typedef struct gemma4_linear_geglu_arguments {
   const void* x;
   void* out;
   int32_t dtype;
+  int32_t pieces; /* of k, for both weights */
 } gemma4_linear_geglu_arguments;
 
-/* indices (m): for each row of x the output that gemma4_linear makes largest, the lowest of equals; -1 for a row with a NaN. The
- * outputs themselves are not written. The rest is as in gemma4_linear_arguments. */
+/* indices (m): for each row of x the output that gemma4_linear, with the same pieces, makes largest, the lowest of equals; -1
+ * for a row with a NaN. The outputs themselves are not written. The rest is as in gemma4_linear_arguments. */
 typedef struct gemma4_linear_argmax_arguments {
   gemma4_weight weight;
   int64_t m;
@@ -126,6 +129,7 @@ typedef struct gemma4_linear_argmax_arguments {
   const void* x;
   int64_t* indices;
   int32_t dtype;
+  int32_t pieces;
 } gemma4_linear_argmax_arguments;
 
 /* out (m, k): row ids[i] of the weight, dequantised in fp32 and rounded once; NaN for an id that is no row. */
