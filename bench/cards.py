@@ -72,6 +72,7 @@ CARDS: dict[str, Card] = {
     "rtx 4060": _geforce(272.0, "sm_89", 24, 2.46, _ADA),
     "rtx 4060 laptop gpu": _geforce(256.0, "sm_89", 24, 2.37, f"{_ADA}, highest boost clock of the laptop range"),
     "rtx 4060 ti": _geforce(288.0, "sm_89", 34, 2.535, _ADA),
+    "rtx 4070": _geforce(504.0, "sm_89", 46, 2.475, f"{_ADA} (GDDR6X)"),
     "rtx 4090": _geforce(1008.0, "sm_89", 128, 2.52, f"{_RTX_4090}: peak bf16 with fp32 accumulate", rate=165.2),
     "rtx 5060": _geforce(448.0, "sm_120", 30, 2.497, _BLACKWELL),
     "rtx 5060 ti": _geforce(448.0, "sm_120", 36, 2.572, _BLACKWELL),

@@ -1,8 +1,8 @@
 """What compiled kernels say before any GPU has run them: registers, spills, shared memory, and what will bind the main loop.
 
-A family registers a provider, a function that compiles its kernels for an architecture and yields them as `CompiledKernel`s, or
-as `LazyKernel`s that are compiled only if they are asked for. `sass` reads their machine code. No figure is a measurement: each
-is a property of the code, or follows from it and a data sheet (`cards`).
+A family registers a provider, a function that compiles or finds its kernels for an architecture and yields them as
+`CompiledKernel`s, or as `LazyKernel`s that are compiled only if they are asked for. `sass` reads their machine code. No figure
+is a measurement: each is a property of the code, or follows from it and a data sheet (`cards`).
 
 For 128 bytes of cache or weights that the main loop takes in, and for the whole card with every SM at work:
 
@@ -23,7 +23,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from gemma4_kernels.bench import cards, sass
 
@@ -51,6 +52,8 @@ class CompiledKernel:
     """Multiply-accumulates of a block's pass that some result needs, if known: without rows and keys that only fill a tile."""
     main_loop: str = "loads"
     """How the main loop is told from others: a key of `sass.MAIN_LOOP`."""
+    function: str | None = None
+    """Which of the cubin's functions it is; None if all of them are."""
 
     def __post_init__(self) -> None:
         if self.main_loop not in sass.MAIN_LOOP:
@@ -67,6 +70,10 @@ class LazyKernel:
     compile: Callable[[], CompiledKernel]
 
 
+class UnavailableError(Exception):
+    """A provider's kernels cannot be had here. It is a remark, not a failure: nobody asked for them."""
+
+
 Provider = Callable[[str], Iterable[CompiledKernel | LazyKernel]]
 
 # family -> "package.module:function", a Provider that is imported when it is asked. A family of this package joins with a line
@@ -75,9 +82,12 @@ _providers: dict[str, str] = {
     "attention": "gemma4_kernels.bench.attention_kernels:provide",
     "linear": "gemma4_kernels.bench.linear_kernels:provide",
     "verification": "gemma4_kernels.bench.verification_kernels:provide",
+    "cuda": "gemma4_kernels.bench.cuda_kernels:provide",
 }
 # family -> "package.module:function" that returns lines to print below the tables, where the family is in them.
 _remarks: dict[str, str] = {"verification": "gemma4_kernels.bench.verification_kernels:remarks"}
+# family -> "package.module:function" that makes lines of its readings and the names of cards: what whole calls come to.
+_summaries: dict[str, str] = {"cuda": "gemma4_kernels.bench.cuda_layers:summary"}
 
 
 def register(family: str, entry: str) -> None:
@@ -142,10 +152,9 @@ class Collection(NamedTuple):
 
 def read(kernel: CompiledKernel) -> list[Reading]:
     """Everything that cuobjdump tells of each function in a cubin. Raises RuntimeError where it cannot be run."""
-    text = sass.disassemble(kernel.cubin)
-    resources, listings = sass.parse_resources(text, kernel.architecture), sass.parse_listing(text)
-    if not resources or not resources.keys() <= listings.keys():
-        raise RuntimeError("cuobjdump printed no function, or one without its code")
+    resources, listings = _read_cubin(kernel.cubin, kernel.architecture)
+    if kernel.function is not None:
+        resources = {kernel.function: resources[kernel.function]}
     return [
         Reading(
             kernel, function, numbers["REG"], numbers["STACK"], numbers["SHARED"],
@@ -153,6 +162,15 @@ def read(kernel: CompiledKernel) -> list[Reading]:
         )
         for function, numbers in resources.items()
     ]  # fmt: skip
+
+
+@lru_cache(maxsize=4)  # the functions of a cubin come one after another
+def _read_cubin(cubin: bytes, architecture: str) -> tuple[dict[str, dict[str, int]], dict[str, list[sass.Instruction]]]:
+    text = sass.disassemble(cubin)
+    resources, listings = sass.parse_resources(text, architecture), sass.parse_listing(text)
+    if not resources or not resources.keys() <= listings.keys():
+        raise RuntimeError("cuobjdump printed no function, or one without its code")
+    return resources, listings
 
 
 def collect(architectures: Iterable[str] = ARCHITECTURES, names: Sequence[str] = ()) -> Collection:
@@ -172,7 +190,7 @@ def collect(architectures: Iterable[str] = ARCHITECTURES, names: Sequence[str] =
     with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.redirect_stdout(sys.stderr):
         for family, entry in _providers.items():
             for architecture in architectures:
-                for kernel in _compile(family, entry, architecture, names, found.failures):
+                for kernel in _compile(family, entry, architecture, names, found):
                     reading.append((family, kernel, pool.submit(read, kernel)))
         for family, kernel, future in reading:
             try:
@@ -180,32 +198,47 @@ def collect(architectures: Iterable[str] = ARCHITECTURES, names: Sequence[str] =
             except (OSError, RuntimeError, ValueError, KeyError) as error:
                 found.failures.append(_sentence(f"{family}, {kernel.name} for {kernel.architecture}", error))
     for family in {family: None for family, _ in found.readings if family in _remarks}:
-        module, _, name = _remarks[family].partition(":")
-        found.remarks.extend(getattr(importlib.import_module(module), name)())
+        found.remarks.extend(_imported(_remarks[family])())
     return found
 
 
+def summarise(collection: Collection, names: Sequence[str]) -> list[str]:
+    """What families make of their readings on these cards (keys of `cards.CARDS`), as lines."""
+    lines: list[str] = []
+    for family, entry in _summaries.items():
+        readings = [reading for each, reading in collection.readings if each == family]
+        lines += _imported(entry)(readings, names) if readings else []
+    return lines
+
+
+def _imported(entry: str) -> Any:
+    module, _, name = entry.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def _compile(
-    family: str, entry: str, architecture: str, names: Sequence[str], failures: list[str]
+    family: str, entry: str, architecture: str, names: Sequence[str], found: Collection
 ) -> Iterable[CompiledKernel]:
     def wanted(name: str) -> bool:
         return not names or any(part in name for part in names)
 
     # Whatever a missing or failing compiler raises, the other kernels are still worth reading.
     try:
-        module, _, name = entry.partition(":")
-        provider: Provider = getattr(importlib.import_module(module), name)
+        provider: Provider = _imported(entry)
         for kernel in provider(architecture):
             if not wanted(kernel.name):
                 continue
             try:
                 ready = kernel.compile() if isinstance(kernel, LazyKernel) else kernel
             except Exception as error:
-                failures.append(_sentence(f"{family}, {kernel.name} for {architecture}", error))
+                found.failures.append(_sentence(f"{family}, {kernel.name} for {architecture}", error))
             else:
                 yield ready
+    except UnavailableError as error:
+        if str(error) not in found.remarks:
+            found.remarks.append(str(error))
     except Exception as error:
-        failures.append(_sentence(f"{family} for {architecture}", error))
+        found.failures.append(_sentence(f"{family} for {architecture}", error))
 
 
 def _sentence(what: str, error: Exception) -> str:

@@ -110,6 +110,7 @@ def render(collection: static.Collection, form: str = "md", names: Sequence[str]
             "",
         ]
         lines += _table(_CARD_TABLE, predicted)
+    lines += static.summarise(collection, names)
     return "\n".join([*lines, *collection.remarks, *(f"FAILED {failure}" for failure in collection.failures)])
 
 

@@ -28,7 +28,8 @@ SOURCES = Path(__file__).resolve().parent
 ROOT = SOURCES.parent
 KERNELS = (
     "common/status.cu",
-    "linear/linear.cu", "linear/weight_checks.cu", "linear/pieces.cu", "linear/decode_bf16.cu", "linear/decode_fp16.cu",
+    "linear/embedding.cu", "linear/linear.cu", "linear/weight_checks.cu", "linear/pieces.cu",
+    "linear/decode_bf16.cu", "linear/decode_fp16.cu",
     "linear/decode_offsets_bf16.cu", "linear/decode_offsets_fp16.cu",
     "linear/decode_table_bf16.cu", "linear/decode_table_fp16.cu", "linear/decode_wide_bf16.cu", "linear/decode_wide_fp16.cu",
     "attention/combine.cu", "attention/flash.cu", "attention/flash_decode_bf16.cu", "attention/flash_decode_fp16.cu",

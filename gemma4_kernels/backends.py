@@ -40,6 +40,10 @@ class Call:
     scheme: str | None = None
     """Of the weight, and the columns of its groups, where a call has one."""
     group_size: int = 0
+    sizes: tuple[int, ...] = ()
+    """(M, N, K) of a product, M up to one more than those of decoding: beyond, calls are alike."""
+    multiprocessors: int = 0
+    """Of the device, where a table asks for them."""
     features: frozenset[str] = frozenset()
     shape_class: str = "any"
     """Calls of one class take the same kernel; what was chosen is logged once for each."""
@@ -210,6 +214,12 @@ def architecture_of(device: torch.device) -> str:
 def _cuda_architecture(index: int) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     return f"sm_{major}{minor}"
+
+
+@lru_cache
+def multiprocessors_of(device: torch.device) -> int:
+    """Of a device of type cuda."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _requested() -> str | None:

@@ -44,6 +44,8 @@ SANITIZED = (
     "quantized_linear(m=5,n=70,k=512,scheme=NF4)",
     "quantized_geglu(m=5,n=70,k=416)",
     "quantized_argmax(m=5,n=999,k=416)",
+    "quantized_embedding(m=33,n=70,k=416)",
+    "quantized_embedding(m=5,n=70,k=512,scheme=NF4)",
     "sandwich_norm(m=5,n=3840,scalar=1)",
     "verify_drafts(b=3,v=1003,temperature=0.0)",
     "verify_drafts(b=2,v=5003,top_k=64,top_p=0.95)",

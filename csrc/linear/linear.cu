@@ -20,17 +20,17 @@ struct Call {
   Result result;
   int64_t m, x_stride;
   const void* x;
-  int32_t dtype;
+  int32_t dtype, pieces;
 };
 
 Call call_of(const gemma4_linear_arguments& a) {
-  return {{"gemma4_linear"}, a.weight, nullptr, kProduct, a.m, a.x_stride, a.x, a.dtype};
+  return {{"gemma4_linear"}, a.weight, nullptr, kProduct, a.m, a.x_stride, a.x, a.dtype, a.pieces};
 }
 Call call_of(const gemma4_linear_geglu_arguments& a) {
-  return {{"gemma4_linear_geglu"}, a.gate, &a.up, kGeglu, a.m, a.x_stride, a.x, a.dtype};
+  return {{"gemma4_linear_geglu"}, a.gate, &a.up, kGeglu, a.m, a.x_stride, a.x, a.dtype, a.pieces};
 }
 Call call_of(const gemma4_linear_argmax_arguments& a) {
-  return {{"gemma4_linear_argmax"}, a.weight, nullptr, kArgmax, a.m, a.x_stride, a.x, a.dtype};
+  return {{"gemma4_linear_argmax"}, a.weight, nullptr, kArgmax, a.m, a.x_stride, a.x, a.dtype, a.pieces};
 }
 
 // One kernel reads both weights, and cuts them alike.
@@ -55,6 +55,7 @@ gemma4_status check_sizes(const Call& call) {
   if (auto status = check_weight(is_pair ? Checks{"gemma4_linear_geglu: gate"} : checks, call.weight)) return status;
   if (auto status = is_pair ? check_pair(call) : GEMMA4_OK) return status;
   if (call.m > kMostRows) return checks.unsupported("m goes to 16, got " + number(call.m));
+  if (call.pieces < 0) return checks.invalid("pieces must be at least 0, got " + number(call.pieces));
   if (!is_dtype(call.dtype)) return checks.invalid("dtype " + number(call.dtype) + " is no gemma4_dtype");
   if (call.dtype == GEMMA4_FP32) return checks.unsupported("x must be bf16 or fp16");
   return GEMMA4_OK;
@@ -96,19 +97,26 @@ struct Cut {
   size_t bytes = 0;
 };
 
-// K is halved until there are two blocks for every multiprocessor, or pieces get short. It depends on the weight's shape, on what
-// is made of it and on the device only, never on x.
+// Stages of a piece by the library's own rule: K is halved until there are two blocks for every multiprocessor, or pieces get
+// short.
+int halved(int stages, int64_t blocks, int multiprocessors) {
+  while (blocks < int64_t(kBlocksOfMultiprocessor) * multiprocessors && stages >= 2 * kFewestStages) {
+    blocks *= 2;
+    stages = (stages + 1) / 2;
+  }
+  return stages;
+}
+
+// As many pieces as the caller asks for, or as the rule makes. That depends on the weight's shape, on what is made of it and on
+// the device only, never on x. gemma4_kernels/linear/cuda_table.py has the twin.
 gemma4_status cut(const Call& call, Cut* found) {
   int multiprocessors = 0;
   if (auto problem = gemma4::multiprocessors(&multiprocessors); !problem.empty()) return call.checks.launched(problem);
   const gemma4_weight& w = call.weight;
   const int64_t blocks = blocks_of(w.n, call.result);
   const int all = int((w.k + stage_columns(w.bits) - 1) / stage_columns(w.bits));
-  int stages = all;
-  for (int64_t shares = blocks; shares < int64_t(kBlocksOfMultiprocessor) * multiprocessors && stages >= 2 * kFewestStages;) {
-    shares *= 2;
-    stages = (stages + 1) / 2;
-  }
+  const int asked = call.pieces < all ? call.pieces : all;  // a piece has a stage at least
+  const int stages = asked > 0 ? (all + asked - 1) / asked : halved(all, blocks, multiprocessors);
   found->stages = stages;
   found->pieces = (all + stages - 1) / stages;
   const size_t rows = size_t(call.m), sums = rows * size_t(w.n) * (call.result == kGeglu ? 2 : 1);

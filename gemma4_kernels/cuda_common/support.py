@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from gemma4_kernels import environment
+from gemma4_kernels import backends, environment
 from gemma4_kernels.backends import Call
 from gemma4_kernels.op_support import refuses_architecture
 
-ABI_VERSION = 1  # GEMMA4_ABI_VERSION of the header that this package was written with
+ABI_VERSION = 2  # GEMMA4_ABI_VERSION of the header that this package was written with
+EMULATED_MULTIPROCESSORS = 28  # csrc/common/device.cuh
 DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # gemma4_dtype
 
 
@@ -41,9 +42,15 @@ def _load(name: str) -> ModuleType | str:
 
 def module_for(device: torch.device) -> Any:
     """The compiled module that serves tensors of this device; `refuses` has said that there is one."""
-    module = _load("_C" if device.type == "cuda" else "_C_emulated")
-    assert not isinstance(module, str), module
+    module = module_of(device)
+    assert module is not None
     return module
+
+
+def module_of(device: torch.device) -> Any | None:
+    """The compiled module of this device, or None where none is built."""
+    module = _load("_C" if device.type == "cuda" else "_C_emulated")
+    return None if isinstance(module, str) else module
 
 
 def run(function: Any, workspace_bytes: Any, arguments: Any, device: torch.device) -> None:
@@ -54,6 +61,13 @@ def run(function: Any, workspace_bytes: Any, arguments: Any, device: torch.devic
         workspace = torch.empty(nbytes, dtype=torch.uint8, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
         function(arguments, workspace.data_ptr(), nbytes, stream)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; those of the emulator on a CPU; 0 of what runs no compiled kernels."""
+    if device.type == "cpu":
+        return EMULATED_MULTIPROCESSORS
+    return backends.multiprocessors_of(device) if device.type == "cuda" else 0
 
 
 def describe() -> dict[str, str]:

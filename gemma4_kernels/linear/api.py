@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gemma4_kernels import backends, checks
 from gemma4_kernels.backends import Call
-from gemma4_kernels.linear import eager_int4, ops
+from gemma4_kernels.linear import cuda, eager_int4, ops
 from gemma4_kernels.linear.weight import QuantizedWeight
 
 
@@ -165,7 +165,8 @@ def _describe(op: str, x: Tensor, has_addend: bool, **weights: QuantizedWeight) 
     reason = next((refusal for refusal in refusals if refusal is not None), None)
     how = "PyTorch's own 4-bit kernel, on a packed copy" if reason is None else "weights made a few rows at a time"
     because = "" if reason is None or x.device.type != "cpu" else f" (PyTorch's own 4-bit kernel {reason})"
-    return ops.describe(op, rows, weight, up=weights.get("up")).noting("eager", how + because)
+    call = ops.describe(op, rows, weight, up=weights.get("up")).noting("eager", how + because)
+    return call.noting("cuda", cuda.describe_choice(call))
 
 
 backends.register_describer("quantized_linear", "quantized_linear", _describe_linear)

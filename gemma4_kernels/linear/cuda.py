@@ -1,4 +1,4 @@
-"""Quantised products by the compiled kernels of csrc/linear, plain and fused: up to 16 rows, every scheme.
+"""Quantised products by the compiled kernels of csrc/linear, plain and fused: up to 16 rows, every scheme. Rows by token id.
 
 x is (M, K) with a dense last dim, M may be 0, and shapes and dtypes have been checked before; `refuses` has said that the
 weight is one of those that the kernels read.
@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma4_kernels import backends
 from gemma4_kernels.backends import Call
 from gemma4_kernels.cuda_common import support
+from gemma4_kernels.cuda_common.arguments import stream_of
+from gemma4_kernels.linear import cuda_table
 from gemma4_kernels.linear.schemes import SCHEMES
 from gemma4_kernels.linear.weight import QuantizedWeight
 
@@ -45,7 +48,7 @@ SERVED = {
     "Q6_K": "upper bits as in Q5_0, for 16 columns; lanes deal out the codes so that a product takes one group",
     "Q8_0": "half the columns at a time; all 8 bits are exact in bf16",
 }
-MOST_ROWS = 16  # two tiles of 8; from there on Triton's tiles make a weight once for more rows than these kernels
+MOST_ROWS = cuda_table.MOST_ROWS
 
 
 def refuses(call: Call) -> str | None:
@@ -58,9 +61,30 @@ def refuses(call: Call) -> str | None:
         return f"reads {', '.join(SERVED)}, not {call.scheme}"
     if call.group_size % 32 and not SCHEMES[call.scheme].group_sizes:
         return f"takes groups of a multiple of 32 columns, the weight has {call.group_size}"
-    if call.shape_class.startswith("prefill"):
-        return f"goes to {MOST_ROWS} rows"
-    return None
+    # Without sizes it is a question about all calls of a class.
+    M, N, K = call.sizes or (MOST_ROWS + call.shape_class.startswith("prefill"), 0, 0)
+    choice = cuda_table.choice(M, _outputs(call.op, N), K, call.multiprocessors, call.architecture)
+    return None if choice.compiled else choice.reason
+
+
+def describe_choice(call: Call) -> str:
+    """What the table says of a call that it gives to the kernels, for `explain`."""
+    assert call.scheme is not None
+    M, N, K = call.sizes
+    place = (_outputs(call.op, N), K, call.multiprocessors, call.architecture)
+    schedule = cuda_table.schedule(*place, bits=SCHEMES[call.scheme].bits)
+    return f"{cuda_table.choice(M, *place).reason}; {schedule}"
+
+
+def _outputs(op: str, N: int) -> int:
+    """What the table counts: a block of GeGLU owns 32 outputs of each weight, so to the card it is a product of both."""
+    return 2 * N if op == "quantized_geglu" else N
+
+
+def _pieces(op: str, weight: QuantizedWeight, device: torch.device) -> int:
+    """Of K, without a look at x. An argmax has those of the product, or its logits would have other bits."""
+    N, K = weight.shape
+    return cuda_table.pieces(_outputs(op, N), K, support.multiprocessors(device), backends.architecture_of(device))
 
 
 def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
@@ -71,7 +95,8 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, re
     residual = None if residual is None else _with_rows_apart(residual)
     weight = _aligned(weight)
     _call(
-        "linear", "LinearArguments", x, weight=_fields(weight, x.device), out=out.data_ptr(), out_stride=out.shape[1],
+        "linear", "LinearArguments", x, weight=_fields(weight, x.device),
+        pieces=_pieces("quantized_linear", weight, x.device), out=out.data_ptr(), out_stride=out.shape[1],
         bias=_address(bias), bias_dtype=0 if bias is None else support.DTYPE_CODES[bias.dtype],
         residual=_address(residual), residual_stride=out.shape[1] if residual is None else _step(residual),
     )  # fmt: skip
@@ -85,7 +110,8 @@ def quantized_geglu(x: Tensor, gate: QuantizedWeight, up: QuantizedWeight) -> Te
     gate, up = _aligned(gate), _aligned(up)
     _call(
         "linear_geglu", "LinearGegluArguments", x, gate=_fields(gate, x.device),
-        up=_fields(up, x.device), out=out.data_ptr(), out_stride=out.shape[1],
+        up=_fields(up, x.device), pieces=_pieces("quantized_geglu", gate, x.device),
+        out=out.data_ptr(), out_stride=out.shape[1],
     )  # fmt: skip
     return out
 
@@ -95,7 +121,25 @@ def quantized_argmax(x: Tensor, weight: QuantizedWeight) -> Tensor:
     out = x.new_empty((x.shape[0],), dtype=torch.int64)
     x = _operand(x, weight)
     weight = _aligned(weight)
-    _call("linear_argmax", "LinearArgmaxArguments", x, weight=_fields(weight, x.device), indices=out.data_ptr())
+    _call(
+        "linear_argmax", "LinearArgmaxArguments", x, weight=_fields(weight, x.device),
+        pieces=_pieces("quantized_argmax", weight, x.device), indices=out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def quantized_embedding(ids: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """The rows of the weight that ids (T,) name: (T, K) in dtype. NaN for an id that is no row."""
+    out = weight.codes.new_empty((ids.shape[0], weight.shape[1]), dtype=dtype)
+    ids, weight = ids.contiguous(), _aligned(weight)
+    module = support.module_for(ids.device)
+    arguments = module.EmbeddingArguments(
+        weight=_fields(weight, ids.device), ids=ids.data_ptr(), ids_are_64_bit=ids.dtype == torch.int64, m=ids.shape[0],
+        columns=_address(weight.columns), out=out.data_ptr(), out_stride=out.shape[1],
+        dtype=support.DTYPE_CODES[dtype],
+    )  # fmt: skip
+    with stream_of(ids) as stream:
+        module.embedding(arguments, stream)
     return out
 
 

@@ -63,6 +63,7 @@ def describe(
     op: str, x: Tensor, weight: QuantizedWeight, *, up: QuantizedWeight | None = None, dtype: torch.dtype | None = None
 ) -> Call:
     """x or token ids, the weight, which of a GeGLU is the gate, and what an embedding's rows become."""
+    is_product = dtype is None
     rows = "decode" if x.shape[0] <= DECODE_ROWS else "prefill"
     differ = up is not None and not weight.is_stored_like(up)
     return Call(
@@ -70,10 +71,12 @@ def describe(
         device_type=x.device.type,
         architecture=backends.architecture_of(x.device),
         dtype=dtype or x.dtype,
-        shape_class=f"{rows}, {weight.scheme}" if dtype is None else weight.scheme,
+        shape_class=f"{rows}, {weight.scheme}" if is_product else weight.scheme,
         scheme=weight.scheme,
         group_size=weight.group_size,
         features=frozenset({UNLIKE_WEIGHTS} if differ else ()),
+        sizes=(min(x.shape[0], DECODE_ROWS + 1), *weight.shape) if is_product else (),
+        multiprocessors=cuda_support.multiprocessors(x.device),
     )
 
 
@@ -130,16 +133,16 @@ for _op, _schema in SCHEMAS.items():
     _entry = f"gemma4_kernels.linear.triton.backend:{_op}"
     backends.register(support.implementation(_op, _entry, frozenset({UNLIKE_WEIGHTS})))
 
-for _op in ("quantized_linear", "quantized_geglu", "quantized_argmax"):
+for _op in SCHEMAS:
     backends.register(
         Implementation(
             op=_op,
             backend="cuda",
             entry=f"gemma4_kernels.linear.cuda:{_op}",
-            dtypes=frozenset({torch.bfloat16, torch.float16}),
+            dtypes=frozenset({torch.bfloat16, torch.float16, *(DTYPES if _op == "quantized_embedding" else ())}),
             features=frozenset(),
             refuses=cuda.refuses,
             only_by_name=cuda_support.only_by_name,
-            serves=f"up to {DECODE_ROWS} rows",
+            serves="" if _op == "quantized_embedding" else f"up to {DECODE_ROWS} rows",
         )
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -25,9 +24,4 @@ INTERPRETED_CARD = Card("interpreter", 28)
 def card_of(device: torch.device) -> Card:
     if INTERPRETED:
         return INTERPRETED_CARD
-    return Card(backends.architecture_of(device), _multiprocessors(device))
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return Card(backends.architecture_of(device), backends.multiprocessors_of(device))

@@ -230,6 +230,7 @@ int check_shapes() {
   unsigned seed = 0;
   for (const Shape& shape : shapes) {
     Call call(shape, ++seed);
+    call.arguments.pieces = seed % 4;  // of few stages there may be fewer
     const auto status = call.run();
     const double worst = status == GEMMA4_OK ? call.worst() : INFINITY;
     std::printf("%d bits n %ld k %ld group %ld m %ld: %s, %.3f of what is allowed\n", shape.bits, long(shape.n), long(shape.k),
@@ -249,7 +250,7 @@ void spoil(gemma4_linear_arguments& a, unsigned& spoiled, std::mt19937& random) 
   };
   const int kinds[] = {-1, 7, 9, INT32_MAX, INT32_MIN};  // of no enum, and no number of bits
   const int kind = kinds[random() % std::size(kinds)];
-  const unsigned field = random() % 22;
+  const unsigned field = random() % 23;
   if (spoiled >> field & 1) return;
   spoiled |= 1u << field;
   const bool nested = a.weight.scale_table != nullptr;
@@ -285,6 +286,7 @@ void spoil(gemma4_linear_arguments& a, unsigned& spoiled, std::mt19937& random) 
       tensor = static_cast<const float*>(wrong);
       break;
     }
+    case 21: a.pieces = random() % 2 ? -1 : INT32_MIN; break;
     default: a.dtype = random() % 2 ? kind : GEMMA4_FP32; break;
   }
 }

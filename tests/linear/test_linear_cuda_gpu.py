@@ -8,7 +8,7 @@ from linear_weights import random_weight
 from on_gpu import captured, needs_gpu, on_another_stream
 from torch.nn.functional import gelu, linear
 
-from gemma4_kernels import quantized_argmax, quantized_geglu, quantized_linear, use_backend
+from gemma4_kernels import quantized_argmax, quantized_embedding, quantized_geglu, quantized_linear, use_backend
 from gemma4_kernels.bench.errors import judge
 from gemma4_kernels.linear import cuda
 
@@ -45,6 +45,13 @@ def test_fused_forms(scheme):
     expected, ordinary = (gelu(g, approximate="tanh") * u for g, u in (wide, plain))
     assert (verdict := judge(gated, expected, ordinary)).ok, str(verdict)
     assert (verdict := judge(added, wide[0] + residual.double(), plain[0] + residual)).ok, str(verdict)
+
+
+@pytest.mark.parametrize("scheme", cuda.SERVED)
+def test_rows_by_token_id(scheme):
+    weight, ids = random_weight(scheme, (4096, 3840)).to("cuda"), torch.tensor([5, 0, 4095, 5, 17], device="cuda")
+    with use_backend("cuda"):
+        assert torch.equal(quantized_embedding(ids, weight, torch.bfloat16), weight.dequantize(torch.bfloat16)[ids])
 
 
 def test_a_captured_graph_and_another_stream():
