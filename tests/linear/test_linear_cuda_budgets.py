@@ -27,6 +27,7 @@ _KERNEL = re.compile(
     r"ValuesE(?P<values>[0123])E.*?Li(?P<bits>[4568])ELi(?P<tiles>[12])EEEv"
 )
 VALUES = ("centred", "zeros", "offsets", "table")
+_EMBEDDING = re.compile(r"embedding_kernelIN\w*?(Bf16|Fp16|Fp32)E")
 STAGE_BYTES = {4: 64 * 128, 5: 64 * (128 + 32), 6: 64 * (128 + 64), 8: 64 * 128}  # of codes, with their upper bits
 WARPS = 4
 
