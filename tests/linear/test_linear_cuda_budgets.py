@@ -27,7 +27,6 @@ _KERNEL = re.compile(
     r"ValuesE(?P<values>[0123])E.*?Li(?P<bits>[4568])ELi(?P<tiles>[12])EEEv"
 )
 VALUES = ("centred", "zeros", "offsets", "table")
-_EMBEDDING = re.compile(r"embedding_kernelIN\w*?(Bf16|Fp16|Fp32)E")
 STAGE_BYTES = {4: 64 * 128, 5: 64 * (128 + 32), 6: 64 * (128 + 64), 8: 64 * 128}  # of codes, with their upper bits
 WARPS = 4
 
@@ -122,19 +121,3 @@ def test_instructions_for_128_bytes_of_codes(readings):
         instructions = loop.instructions * WARPS * static.LINE / taken
         most = MOST_SIX_BIT[kernel.bits] if kernel.scales == "SixBit" else MOST[kernel.bits, kernel.values]
         assert instructions <= most[kernel.tiles - 1], f"{kernel}: {instructions:.2f}"
-
-
-@pytest.mark.parametrize("architecture", static.ARCHITECTURES)
-def test_rows_by_token_id_fuse_no_operations_and_are_stored_16_bytes_at_a_time(architecture, tmp_path):
-    """Their bits are those of operations that are each rounded."""
-    found = {}
-    for path in machine_code(architecture, tmp_path):
-        if b"embedding_kernel" in path.read_bytes():
-            for name, listing in sass.parse_listing(sass.disassemble(path.read_bytes())).items():
-                found[_EMBEDDING.search(name)[1]] = "\n".join(map(str, listing))
-    if not found:
-        pytest.skip(f"the module has no machine code for {architecture}")
-    assert found.keys() == {"Bf16", "Fp16", "Fp32"}
-    for dtype, text in found.items():
-        assert "FFMA" not in text, dtype
-        assert len(re.findall(r"\bSTG\.E\S*\.128", text)) >= (2 if dtype == "Fp32" else 1), dtype
