@@ -135,26 +135,32 @@ __device__ __forceinline__ const void* head_of(const Heads& heads, int64_t reque
          head * heads.head_stride;
 }
 
-// Where a head goes: into the query that is returned, or into a cache; null where it has no place. With codes, its scale.
-struct Target {
-  void* head;
-  float* scale;
-};
-
 __device__ __forceinline__ int64_t offset_in(const Cache& cache, const Place& place, int head) {
   return place.entry * cache.entry_stride + place.row * cache.row_stride + head * cache.head_stride;
 }
 
+// Where a head goes: into the query that is returned, or into a cache; null where it has no place.
 template <class Type>
-__device__ __forceinline__ Target target_of(const Parameters& p, const Task& task, int64_t token, int64_t request, int row) {
-  if (task.kind == kQuery) return {static_cast<Bits<Type>*>(p.out) + (token * p.q_heads + task.head) * p.head_dim, nullptr};
+__device__ __forceinline__ void* target_of(const Parameters& p, const Task& task, int64_t token, int64_t request, int row) {
+  if (task.kind == kQuery) return static_cast<Bits<Type>*>(p.out) + (token * p.q_heads + task.head) * p.head_dim;
   const Place place = place_of(p, request, row);
-  if (place.entry < 0) return {nullptr, nullptr};
+  if (place.entry < 0) return nullptr;
   const Cache& cache = task.kind == kKey ? p.k_cache : p.v_cache;
-  const int64_t offset = offset_in(cache, place, task.head);
-  if (p.codes == GEMMA4_CODES_NONE) return {static_cast<Bits<Type>*>(cache.data) + offset, nullptr};
-  return {static_cast<unsigned char*>(cache.data) + offset,
-          static_cast<float*>(p.v_scale.data) + offset_in(p.v_scale, place, task.head)};
+  const int element_bytes = p.codes == GEMMA4_CODES_NONE ? int(sizeof(Bits<Type>)) : 1;
+  return static_cast<unsigned char*>(cache.data) + offset_in(cache, place, task.head) * element_bytes;
+}
+
+// The codes of a value and, of int8, their scale. Its place is looked up again: only here is it wanted.
+template <class Type>
+__device__ __forceinline__ void write_codes(const Parameters& p, void* to, const Halves& x, float largest, int head,
+                                            int64_t request, int row, int first, int half) {
+  const bool is_int8 = p.codes == GEMMA4_CODES_INT8;
+  float* place = static_cast<float*>(p.v_scale.data) + offset_in(p.v_scale, place_of(p, request, row), head);
+  const float scale = is_int8 ? int8_scale(largest) : *place;
+  if (is_int8 && first == 0) *place = scale;
+  auto* codes = static_cast<unsigned char*>(to);
+  store_codes(codes, codes_of<Type>(x.low, scale, is_int8), first, half, p.whole);
+  store_codes(codes + half, codes_of<Type>(x.high, scale, is_int8), first, half, p.whole);
 }
 
 // A row of a table that is wanted after the sum, for which all lanes wait, is sent for before it.
@@ -178,7 +184,7 @@ __global__ void __launch_bounds__(kThreads) prologue_kernel(const Parameters p) 
   const auto* sin = static_cast<const Bits<Type>*>(p.sin) + request * p.sin_batch_stride + row * p.sin_row_stride;
   const bool turns = task.kind == kQuery || task.kind == kKey;
   if (turns) send_ahead(cos, first, half), send_ahead(sin, first, half);
-  const Target to = task.kind == kNothing ? Target{nullptr, nullptr} : target_of<Type>(p, task, token, request, row);
+  void* to = task.kind == kNothing ? nullptr : target_of<Type>(p, task, token, request, row);
   const float inverse = inverse_rms(sum_of_lanes<LANES>(add_squares(add_squares(0, x.low), x.high)), p.head_dim, p.eps);
   // Roundings keep the order of numbers, so the largest after the norm is the largest before it. A NaN or infinity among them
   // is not looked for: with it the product is NaN.
@@ -186,7 +192,7 @@ __global__ void __launch_bounds__(kThreads) prologue_kernel(const Parameters p) 
       p.codes == GEMMA4_CODES_INT8
           ? rounded<Type>(__fmul_rn(largest_of_lanes<LANES>(fmaxf(largest_of(x.low), largest_of(x.high))), inverse))
           : 0;
-  if (to.head == nullptr || first >= half) return;
+  if (to == nullptr || first >= half) return;
 
   Halves weight;
 #pragma unroll
@@ -197,15 +203,10 @@ __global__ void __launch_bounds__(kThreads) prologue_kernel(const Parameters p) 
   scale_eight<Type>(x.high, inverse, weight.high);
   if (turns) rotate<Type>(x, load_halves<Type>(cos, first, half, p.whole), load_halves<Type>(sin, first, half, p.whole));
   if (task.kind == kValue && p.codes != GEMMA4_CODES_NONE) {
-    const bool is_int8 = p.codes == GEMMA4_CODES_INT8;
-    const float scale = is_int8 ? int8_scale(largest) : *to.scale;
-    if (is_int8 && first == 0) *to.scale = scale;
-    auto* codes = static_cast<unsigned char*>(to.head);
-    store_codes(codes, codes_of<Type>(x.low, scale, is_int8), first, half, p.whole);
-    store_codes(codes + half, codes_of<Type>(x.high, scale, is_int8), first, half, p.whole);
-    return;
+    write_codes<Type>(p, to, x, largest, task.head, request, row, first, half);
+  } else {
+    store_halves<Type>(to, x, first, half, p.whole);
   }
-  store_halves<Type>(to.head, x, first, half, p.whole);
 }
 
 // The C interface -------------------------------------------------------------------------------------------------------------

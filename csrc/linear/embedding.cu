@@ -55,13 +55,13 @@ struct Group {
   float scale, offset;
 };
 
-__device__ __forceinline__ Group load_group(const gemma4_weight& w, int64_t row, int64_t group) {
-  const int64_t at = row * (w.k / w.group_size) + group;
-  const int64_t super = row * (w.k / kSuperColumns) + group * w.group_size / kSuperColumns;
+// The group of column `first` of a row is number `at` of the weight.
+__device__ __forceinline__ Group load_group(const gemma4_weight& w, int64_t row, int first, int64_t at) {
+  const int64_t super = row * (w.k / kSuperColumns) + first / kSuperColumns;
   switch (w.scale_kind) {
     case GEMMA4_SCALES_SIX_BIT: {
       const auto* words = static_cast<const uint32_t*>(w.group_scales) + 3 * super;
-      const int j = int(group % 8);
+      const int j = first % kSuperColumns / 32;
       const uint32_t high = __ldg(words + 2);
       return {__fmul_rn(plain_number(w.scales, GEMMA4_FP16, super), six_bits(__ldg(words), high, j)),
               -__fmul_rn(plain_number(w.offsets, GEMMA4_FP16, super), six_bits(__ldg(words + 1), high >> 16, j))};
@@ -95,12 +95,11 @@ __global__ void __launch_bounds__(kEmbeddingThreads) embedding_kernel(const gemm
   } else {
     int codes[kEight];
     load_codes(codes, w, row, first);
-    const int64_t index = first / w.group_size;
-    const Group group = load_group(w, row, index);
-    const int zero = w.values == GEMMA4_ZEROS
-                         ? __ldg(static_cast<const unsigned char*>(w.zeros) + row * (w.k / w.group_size) + index)
-                     : w.values == GEMMA4_CENTRED ? w.zero
-                                                  : 0;
+    const auto k = uint32_t(w.k), group_size = uint32_t(w.group_size);  // 64-bit divisions are subroutines
+    const int64_t at = row * (k / group_size) + uint32_t(first) / group_size;
+    const Group group = load_group(w, row, first, at);
+    int zero = w.values == GEMMA4_CENTRED ? w.zero : 0;
+    if (w.values == GEMMA4_ZEROS) zero = __ldg(static_cast<const unsigned char*>(w.zeros) + at);
 #pragma unroll
     for (int i = 0; i < kEight; ++i) {
       const float number = w.values == GEMMA4_TABLE ? __ldg(w.table + codes[i]) : float(codes[i] - zero);

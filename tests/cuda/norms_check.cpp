@@ -452,7 +452,7 @@ void spoil(gemma4_prologue_arguments& a, std::mt19937& random) {
     case 8: a.q.row_stride = far; break;
     case 9: a.v.head_stride = far; break;
     case 10: a.q.batch_stride = far; break;
-    case 11: a.v_cache.data = moved(random, a.v_cache.data); break;
+    case 11: a.v_cache.data = a.codes != GEMMA4_CODES_NONE ? nullptr : moved(random, a.v_cache.data); break;
     case 12: a.k_cache.data = a.k_cache.data == nullptr ? a.v_cache.data : moved(random, a.k_cache.data); break;
     case 13: a.v_cache.entry_stride = far; break;
     case 14: a.v_cache.row_stride = far; break;

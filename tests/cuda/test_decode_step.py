@@ -1,4 +1,4 @@
-"""A whole decode step of examples/decode_step.py: against the reference, each op on one backend, text with and without drafts."""
+"""A whole decode step of examples/decode_step.py: the reference, each op on one backend, text with drafts and without."""
 
 from __future__ import annotations
 

@@ -46,8 +46,9 @@ def test_rows_are_those_of_the_weight_bit_for_bit(scheme):
 @pytest.mark.parametrize("scheme", ["W4A16", "AWQ", "MLX"])
 def test_scales_of_any_dtype(scheme, scales):
     weight = random_weight(scheme, (9, 256), 64)
-    offsets = None if weight.offsets is None else weight.offsets.to(scales)
-    weight = replace(weight, scales=weight.scales.to(scales), offsets=offsets)
+    # Of as many digits as the dtype has: then a product and a sum in one operation would have other bits.
+    offsets = None if weight.offsets is None else (1.2345678 * weight.offsets.float()).to(scales)
+    weight = replace(weight, scales=(1.3456789 * weight.scales.float()).to(scales), offsets=offsets)
     ids = torch.tensor([8, 3])
     assert same_bits(quantized_embedding(ids, weight, torch.float32), weight.dequantize()[ids])
 
