@@ -167,7 +167,7 @@ def _k_eq_v(found: re.Match[str]) -> Facts:
         shared_bytes=2 * _K_EQ_V_KEYS * 2 * head_dim + scores + _K_EQ_V_ROWS * (_K_EQ_V_KEYS * 2 + 4) + order,
         loop_bytes=_K_EQ_V_KEYS * head_dim * (1 if codes else 2),
         loop_macs=2 * _K_EQ_V_ROWS * _K_EQ_V_KEYS * head_dim,
-        main_loop="fast path",
+        main_loop="fast macs",
     )
 
 

@@ -152,7 +152,9 @@ class DecodeStep:
     def cache_bytes(self, length: int) -> int:
         """Keys and values that the rows of a step see, each once."""
         rows = [min(length, each.attention.window or length) for each in self.layers]
-        sizes = [len(e.cache) * e.attention.num_kv_heads * e.attention.head_dim * self.dtype.itemsize for e in self.layers]
+        sizes = [
+            len(e.cache) * e.attention.num_kv_heads * e.attention.head_dim * self.dtype.itemsize for e in self.layers
+        ]
         return self.batch * sum(a * b for a, b in zip(rows, sizes, strict=True))
 
     def run(self) -> None:
@@ -344,7 +346,9 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1, help="requests (default 1)")
     parser.add_argument("--layers", type=int, help="default: all 48 on a GPU, the first 6 elsewhere")
     parser.add_argument("--repeats", type=int, default=20, help="timed steps on a GPU (default 20)")
-    parser.add_argument("--card", default="rtx 3060", help="whose bandwidth is the floor, where no GPU is (default rtx 3060)")
+    parser.add_argument(
+        "--card", default="rtx 3060", help="whose bandwidth is the floor, where no GPU is (default rtx 3060)"
+    )
     parser.add_argument("--device", type=machine.known_device, default=None)
     parser.add_argument("--check-only", action="store_true", help="stop after the small model")
     arguments = parser.parse_args()
@@ -380,8 +384,14 @@ def main() -> int:
     card = cards.find(name) if on_gpu else cards.find(arguments.card)
     if card.bandwidth:
         floor = (weights + caches) / card.bandwidth / 1e9
-        share = f"; the step takes {seconds / floor:.2f} times that" if on_gpu else ", a prediction from the data sheet alone"
-        print(f"  floor      {floor * 1e3:.1f} ms at the {card.bandwidth:.0f} GB/s of {name if on_gpu else arguments.card}{share}")
+        share = (
+            f"; the step takes {seconds / floor:.2f} times that"
+            if on_gpu
+            else ", a prediction from the data sheet alone"
+        )
+        print(
+            f"  floor      {floor * 1e3:.1f} ms at the {card.bandwidth:.0f} GB/s of {name if on_gpu else arguments.card}{share}"
+        )
     return 0
 
 

@@ -36,8 +36,8 @@ struct Requests {
   int right;
 };
 
-// How the keys of a row are cut into chunks, and where the parts go. Nothing but the device, the kernel and the number of KV heads
-// decides on `most` and `smallest_log2`; the others are room.
+// How the keys of a row are cut into chunks, and where the parts go. Nothing but the device, the kernel and the number of KV
+// heads decides on `most` and `smallest_log2`; the others are room.
 struct Splits {
   int most;           // chunks of the smallest size that would do, but for one more where a window begins inside a chunk
   int smallest_log2;  // keys of the smallest chunk
@@ -62,7 +62,7 @@ struct Results {
 };
 
 // Adds the parts of each row in their order, divides, rounds, and writes out and lse. For kernels in attention/.
-std::string launch_combine(const Requests& requests, const Splits& splits, const Parts& parts, const Results& results, bool is_bf16,
-                           void* stream);
+std::string launch_combine(const Requests& requests, const Splits& splits, const Parts& parts, const Results& results,
+                           bool is_bf16, void* stream);
 
 }  // namespace gemma4::attention

@@ -18,7 +18,8 @@ inline gemma4_status check_rows(const Checks& checks, const char* name, const ge
   if (auto status = checks.pointer(name, t.data, 16)) return status;
   for (const int64_t stride : {t.batch_stride, t.row_stride, t.head_stride}) {
     if (stride < 0 || stride % 8 != 0 || stride > kMostStride) {
-      return checks.invalid(std::string("a stride of ") + name + " must be a multiple of 8 in [0, 2^40], got " + number(stride));
+      const std::string sentence = std::string("a stride of ") + name + " must be a multiple of 8 in [0, 2^40], got ";
+      return checks.invalid(sentence + number(stride));
     }
   }
   // Each factor is below 2^31 and each stride below 2^41: compared one by one, nothing overflows.
@@ -50,7 +51,8 @@ inline gemma4_status check_attention_sizes(const Checks& checks, const gemma4_at
   if (auto status = lies("kv_heads", a.kv_heads, 1, kMostGrid)) return status;
   if (auto status = lies("query_heads", a.query_heads, 1, kMostGrid)) return status;
   if (a.query_heads % a.kv_heads != 0) {
-    return checks.invalid("query_heads must be a multiple of kv_heads = " + number(a.kv_heads) + ", got " + number(a.query_heads));
+    return checks.invalid("query_heads must be a multiple of kv_heads = " + number(a.kv_heads) + ", got " +
+                          number(a.query_heads));
   }
   if (r.batch * a.kv_heads > kMostGrid) {
     return checks.unsupported("batch times kv_heads goes to " + number(kMostGrid) + ", got " + number(r.batch * a.kv_heads));
@@ -66,11 +68,14 @@ inline gemma4_status check_attention_tensors(const Checks& checks, const gemma4_
   const struct {
     const char* name;
     const int32_t* numbers;
-  } all[] = {{"cu_q", r.cu_q}, {"cu_k", r.cu_k}, {"lengths", r.lengths}, {"first", r.first}, {"entry", r.entry}, {"block_table", r.block_table}};
+  } all[] = {{"cu_q", r.cu_q},   {"cu_k", r.cu_k},   {"lengths", r.lengths},
+             {"first", r.first}, {"entry", r.entry}, {"block_table", r.block_table}};
   for (const auto& each : all) {
     if (auto status = check_numbers(checks, each.name, each.numbers)) return status;
   }
-  if ((r.page_size != 0) != (r.block_table != nullptr)) return checks.invalid("page_size must be at least 1 with block_table, else 0");
+  if ((r.page_size != 0) != (r.block_table != nullptr)) {
+    return checks.invalid("page_size must be at least 1 with block_table, else 0");
+  }
   if (r.block_table != nullptr) {
     if (r.table_stride < 0 || r.table_stride > kMostStride) {
       return checks.invalid("table_stride must lie in [0, 2^40], got " + number(r.table_stride));
@@ -85,8 +90,11 @@ inline gemma4_status check_attention_tensors(const Checks& checks, const gemma4_
   if (!packed && r.capacity > 0 && r.entries < 1) return checks.invalid("entries must be at least 1 where capacity is not 0");
   if (auto status = checks.pointer("out", a.out, 2)) return status;
   if (auto status = checks.pointer("lse", a.lse, 4)) return status;
-  for (const int64_t stride : {a.out_batch_stride, a.out_row_stride, a.out_head_stride, a.lse_batch_stride, a.lse_head_stride}) {
-    if (stride < 0 || stride > kMostStride) return checks.invalid("strides of out and lse must lie in [0, 2^40], got " + number(stride));
+  for (const int64_t stride :
+       {a.out_batch_stride, a.out_row_stride, a.out_head_stride, a.lse_batch_stride, a.lse_head_stride}) {
+    if (stride < 0 || stride > kMostStride) {
+      return checks.invalid("strides of out and lse must lie in [0, 2^40], got " + number(stride));
+    }
   }
   return check_rows(checks, "q", a.q, r.batch, std::max<int64_t>(r.rows, r.total_rows), a.query_heads);
 }
@@ -121,8 +129,8 @@ inline Requests requests_of(const gemma4_requests& r, int64_t left, int64_t righ
   return p;
 }
 
-// Splits for a kernel of which `programs_at_once` run on the device together, with room for the chunks that rows can have: a window
-// may begin inside a chunk, which makes one more, and rows of one request may begin in neighbouring ones.
+// Splits for a kernel of which `programs_at_once` run on the device together, with room for the chunks that rows can have: a
+// window may begin inside a chunk, which makes one more, and rows of one request may begin in neighbouring ones.
 inline Splits splits_of(const Requests& p, int64_t programs_at_once, int64_t kv_heads, int smallest_log2) {
   Splits splits{};
   splits.most = int(std::max<int64_t>(1, programs_at_once / kv_heads));

@@ -3,8 +3,8 @@
 //     parts.values  (B, HEADS, ROWS, SLOTS, D) fp32: softmax(...) V over one chunk of the row's keys
 //     parts.lse     (B, HEADS, ROWS, SLOTS) fp32: the log of the sum of exponentials of its scores
 //
-// A block owns one head of one row, a thread two neighbouring columns. The row's chunks are found again from its own length; slots
-// beyond them are never read.
+// A block owns one head of one row, a thread two neighbouring columns. The row's chunks are found again from its own length;
+// slots beyond them are never read.
 #include "request.cuh"
 #include "softmax.cuh"
 
@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kCombineThreads)
 
 }  // namespace
 
-std::string launch_combine(const Requests& requests, const Splits& splits, const Parts& parts, const Results& results, bool is_bf16,
-                           void* stream) {
+std::string launch_combine(const Requests& requests, const Splits& splits, const Parts& parts, const Results& results,
+                           bool is_bf16, void* stream) {
   const auto kernel = is_bf16 ? combine_kernel<Bf16> : combine_kernel<Fp16>;
   return launch(kernel, unsigned(requests.batch) * unsigned(requests.rows), unsigned(results.heads), kCombineThreads, 0, stream,
                 requests, splits, parts, results);

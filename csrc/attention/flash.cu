@@ -46,7 +46,8 @@ Strided strided(const gemma4_rows& rows) {
   return {static_cast<const unsigned char*>(rows.data), 2 * rows.batch_stride, 2 * rows.row_stride, 2 * rows.head_stride};
 }
 
-gemma4_status run(const gemma4_flash_decode_arguments& arguments, void* workspace, size_t workspace_bytes, gemma4_stream stream) {
+gemma4_status run(const gemma4_flash_decode_arguments& arguments, void* workspace, size_t workspace_bytes,
+                  gemma4_stream stream) {
   const gemma4_attention& a = arguments.attention;
   FlashParameters p{};
   if (auto problem = splits_for(arguments, &p.splits); !problem.empty()) return kChecks.launched(problem);

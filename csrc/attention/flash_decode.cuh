@@ -1,21 +1,23 @@
-// Attention of 1 to 16 query rows over a cache of keys and values that lie side by side: sliding layers while they decode or verify.
+// Attention of 1 to 16 query rows over a cache of keys and values that lie side by side: sliding layers while they decode or
+// verify.
 //
-// Query heads of a KV head and rows of a request are one axis: packed row m is row m / GROUP of head m % GROUP. A block owns up to
-// TILES tiles of 16 packed rows of one KV head and one chunk of its keys. The chunk goes by in tiles of KEYS keys, 8 KiB of keys and
-// 8 KiB of values, through a ring of three slots that cp.async fills two slots ahead:
+// Query heads of a KV head and rows of a request are one axis: packed row m is row m / GROUP of head m % GROUP. A block owns up
+// to TILES tiles of 16 packed rows of one KV head and one chunk of its keys. The chunk goes by in tiles of KEYS keys, 8 KiB of
+// keys and 8 KiB of values, through a ring of three slots that cp.async fills two slots ahead:
 //
-//     slot        keys 0 | values 0 | keys 1 | values 1 | ...     KEYS rows of D columns; 16-byte chunk c of row r at c ^ (r % 8)
-//     queries     TILES * 16 rows of D columns                    the same
-//     scores      TILES x HALVES x 16 rows of KEYS floats         8 columns n of row r at n ^ (r % 4), with 16 keys n ^ (r / 2 % 2)
+//     slot       keys 0 | values 0 | keys 1 | values 1 | ...    KEYS rows of D columns; 16-byte chunk c of row r at c ^ (r % 8)
+//     queries    TILES * 16 rows of D columns                   the same
+//     scores     TILES x HALVES x 16 rows of KEYS floats        8 columns n of row r at n ^ (r % 4); 16 keys: n ^ (r / 2 % 2)
 //
 // so that no ldmatrix and no 8-byte access meets a bank twice. There are 4 warps and two barriers a tile, one for each slot:
 //
-//     keys      A warp makes scores of 8 keys (two of them share 8 keys at 256 columns, half of the columns each) for all rows and
-//               leaves them in shared memory.
-//     values    The barrier that says that the values are there says so of the scores. Every warp folds all scores of the tile into
-//               the softmax, the same as its neighbours, and multiplies the weights with its own quarter of the columns.
+//     keys       A warp makes scores of 8 keys (two of them share 8 keys at 256 columns, half of the columns each) for all rows
+//                and leaves them in shared memory.
+//     values     The barrier that says that the values are there says so of the scores. Every warp folds all scores of the tile
+//                into the softmax, the same as its neighbours, and multiplies the weights with its own quarter of the columns.
 //
-// Scores, maximum, sum and accumulator are fp32; weights are rounded to the tensors' type for the second product, their sum is not.
+// Scores, maximum, sum and accumulator are fp32; weights are rounded to the tensors' type for the second product, their sum is
+// not.
 //
 // A row's bits: rows of an mma do not meet. A tile that a row does not see leaves maximum, sum and accumulator as they are.
 // Tiles begin at multiples of KEYS from the request's first key, chunks follow from the row's own number of keys (request.cuh).
@@ -92,13 +94,15 @@ struct Loader {
   __device__ __forceinline__ bool is_inside(int key) const { return key >= begin && key < end; }
 
   // Keys that are nobody's become zeros: left of every window there may be a page that belongs to somebody else by now.
-  __device__ __forceinline__ void load(unsigned char* slot, const unsigned char* data, const Strided& strides, int first_key) const {
+  __device__ __forceinline__ void load(unsigned char* slot, const unsigned char* data, const Strided& strides,
+                                       int first_key) const {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       // 8 rows further on, or 16: the permutation of chunks is the same, or for rows 4 apart moved by 4.
       const int moved = kStep % 8 == 0 ? target : target ^ (i * kStep % 8) * 16;
       const unsigned char* source = data + places[i].entry * strides.batch_stride + places[i].row * strides.row_stride;
-      ptx::copy_16_once(slot + moved + i * kStep * Map::kRowBytes, source, is_inside(first_key + row + i * kStep) ? 16 : 0, policy);
+      const uint32_t bytes = is_inside(first_key + row + i * kStep) ? 16 : 0;
+      ptx::copy_16_once(slot + moved + i * kStep * Map::kRowBytes, source, bytes, policy);
     }
   }
 
@@ -118,8 +122,8 @@ struct Loader {
 
 // The queries of the block's packed rows; of rows that there are not, zeros.
 template <int D, int TILES>
-__device__ __forceinline__ void load_queries(unsigned char* queries, const FlashParameters& p, const Request& r, int b, int kv_head,
-                                             int first_packed) {
+__device__ __forceinline__ void load_queries(unsigned char* queries, const FlashParameters& p, const Request& r, int b,
+                                             int kv_head, int first_packed) {
   constexpr int ROW_BYTES = 2 * D, ROW_CHUNKS = ROW_BYTES / 16, STEP = kThreads / ROW_CHUNKS;
   const int chunk = threadIdx.x % ROW_CHUNKS;
   const unsigned char* heads = p.q.data + b * p.q.batch_stride + kv_head * p.group * p.q.head_stride + chunk * 16;
@@ -148,7 +152,8 @@ __device__ __forceinline__ void make_scores(const unsigned char* keys, const uns
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int half = warp % Map::kHalves, first_tile = warp / Map::kHalves * Map::kKeyTiles;
   const int first_chunk = half * COLUMNS / 8;
-  // Lane l names row l % 8 of matrix l / 8: of keys four chunks of the same 8 keys, of queries rows 0 and 8, then the next chunk.
+  // Lane l names row l % 8 of matrix l / 8: of keys four chunks of the same 8 keys, of queries rows 0 and 8, then the next
+  // chunk.
   const unsigned char* key_row = keys + (first_tile * 8 + lane % 8) * Map::kRowBytes;
   const unsigned char* query_row = queries + (lane % 16) * Map::kRowBytes;
   float sums[TILES][Map::kKeyTiles][4] = {};
@@ -185,16 +190,16 @@ __device__ __forceinline__ void make_scores(const unsigned char* keys, const uns
   }
 }
 
-// Two rows of a tile of 16, g and g + 8, as a lane has them: what they see, and their softmax so far. The sum is over the lane's own
-// keys until the end.
+// Two rows of a tile of 16, g and g + 8, as a lane has them: what they see, and their softmax so far. The sum is over the
+// lane's own keys until the end.
 struct Rows {
   Span seen[2];
   float highest[2];
   float sum[2];
 };
 
-// Caps the block's scores where they lie, two halves of a sum in the place of the first: a pass of its own, with a barrier of its
-// own, because no layer of Gemma 4 asks for it and the loop would be twice as long.
+// Caps the block's scores where they lie, two halves of a sum in the place of the first: a pass of its own, with a barrier of
+// its own, because no layer of Gemma 4 asks for it and the loop would be twice as long.
 template <int D, int TILES>
 __device__ __forceinline__ void cap_scores(const FlashParameters& p, unsigned char* scores) {
   using Map = Layout<D, TILES>;
@@ -390,7 +395,7 @@ __global__ void __launch_bounds__(kThreads, TILES == 4 ? 1 : 2) flash_decode_ker
     unsigned char* values = shared + (slot == 2 ? 0 : slot + 1) * kSlotBytes;
     unsigned char* next = shared + (slot == 0 ? 2 : slot - 1) * kSlotBytes;
     ptx::wait<1>();
-    __syncthreads();  // everyone's copies of these keys are there, and everyone has left the slot of the last values and the scores
+    __syncthreads();  // everyone's copies of these keys are there, and everyone has left the last values and the scores
     loader.load_keys(next, key + Map::kKeys);
     ptx::commit();
     make_scores<Type, D, TILES>(keys, queries, scores);

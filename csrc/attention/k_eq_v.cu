@@ -37,7 +37,7 @@ gemma4_status check_codes(const gemma4_k_eq_v_decode_arguments& arguments) {
   }
   for (const int64_t stride : {scale.batch_stride, scale.row_stride, scale.head_stride}) {
     if (stride < 0 || stride > v.batch_stride + v.row_stride + v.head_stride) {
-      return kChecks.invalid("strides of values_scale must not be negative, or reach farther than those of v, got " + number(stride));
+      return kChecks.invalid("strides of values_scale must lie between 0 and the sum of those of v, got " + number(stride));
     }
   }
   return kChecks.pointer("values_scale", scale.data, 4);
@@ -55,8 +55,11 @@ gemma4_status check(const gemma4_k_eq_v_decode_arguments& arguments) {
   if (r.capacity > 0) {
     if (auto status = check_codes(arguments)) return status;
   }
-  if (!is_dtype(arguments.weight_dtype)) return kChecks.invalid("weight_dtype " + number(arguments.weight_dtype) + " is no gemma4_dtype");
-  if (auto status = kChecks.pointer("k_norm_weight", arguments.k_norm_weight, arguments.weight_dtype == GEMMA4_FP32 ? 4 : 2)) return status;
+  if (!is_dtype(arguments.weight_dtype)) {
+    return kChecks.invalid("weight_dtype " + number(arguments.weight_dtype) + " is no gemma4_dtype");
+  }
+  const uintptr_t weight_bytes = arguments.weight_dtype == GEMMA4_FP32 ? 4 : 2;
+  if (auto status = kChecks.pointer("k_norm_weight", arguments.k_norm_weight, weight_bytes)) return status;
   if (arguments.inv_freq_is_double != 0 && arguments.inv_freq_is_double != 1) {
     return kChecks.invalid("inv_freq_is_double must be 0 or 1, got " + number(arguments.inv_freq_is_double));
   }
@@ -68,7 +71,8 @@ Strided strided(const gemma4_rows& rows, int element_bytes) {
           element_bytes * rows.head_stride};
 }
 
-// One wave of equal blocks leaves no multiprocessor idle, and multiples of a tile, other than powers of two, leave few blocks short.
+// One wave of equal blocks leaves no multiprocessor idle, and multiples of a tile, other than powers of two, leave few blocks
+// short.
 gemma4_status split(const gemma4_attention& a, Requests* requests, Splits* splits) {
   int count = 0;
   if (auto problem = multiprocessors(&count); !problem.empty()) return kChecks.launched(problem);
@@ -78,7 +82,8 @@ gemma4_status split(const gemma4_attention& a, Requests* requests, Splits* split
   return GEMMA4_OK;
 }
 
-gemma4_status run(const gemma4_k_eq_v_decode_arguments& arguments, void* workspace, size_t workspace_bytes, gemma4_stream stream) {
+gemma4_status run(const gemma4_k_eq_v_decode_arguments& arguments, void* workspace, size_t workspace_bytes,
+                  gemma4_stream stream) {
   const gemma4_attention& a = arguments.attention;
   Parameters p{};
   if (auto status = split(a, &p.requests, &p.splits)) return status;

@@ -1,7 +1,7 @@
 // Caches of 8 bits a number, on their way to the tile that k_eq_v.cuh knows: code times scale, rounded to the tensors' type.
 //
-// A thread asks for 16 codes of each of its rows a tile ahead, while nothing else wants its registers, and puts them into the slot when
-// the tile before is done. A lane brings the scale of its own key of the tile.
+// A thread asks for 16 codes of each of its rows a tile ahead, while nothing else wants its registers, and puts them into the
+// slot when the tile before is done. A lane brings the scale of its own key of the tile.
 #pragma once
 
 #include "k_eq_v.cuh"
@@ -63,7 +63,8 @@ struct CodedCache {
       const int64_t source = ptx::from_lane(mine, row + i * kStep);
       codes[i] = source < 0 ? make_uint4(0, 0, 0, 0) : ptx::load_16_once(values + source);
     }
-    const int64_t its_scale = place.entry * p.scales.batch_stride + place.row * p.scales.row_stride + kv_head * p.scales.head_stride;
+    const int64_t its_scale =
+        place.entry * p.scales.batch_stride + place.row * p.scales.row_stride + kv_head * p.scales.head_stride;
     scale = place.entry < 0 ? 0 : __ldg(reinterpret_cast<const float*>(p.scales.data + its_scale));
   }
 
@@ -73,7 +74,8 @@ struct CodedCache {
       const int key = row + i * kStep;
       const float factor = ptx::from_lane(scale, key);
       const uint4 lower = rounded_eight(codes[i].x, codes[i].y, factor), upper = rounded_eight(codes[i].z, codes[i].w, factor);
-      // Eight lanes write at a time, to even chunks in eight of them: half of the lanes begin with the odd one, for other banks.
+      // Eight lanes write at a time, to even chunks in eight of them: half of the lanes begin with the odd one, for other
+      // banks.
       unsigned char* to = slot + key * Layout<D>::kRowBytes;
       const int odd = chunk / 4 % 2;
       *reinterpret_cast<uint4*>(to + ((2 * chunk + odd) ^ key % 8) * 16) = odd ? upper : lower;
@@ -85,7 +87,8 @@ struct CodedCache {
     float low[4], high[4];
     Codes::numbers(first, low);
     Codes::numbers(second, high);
-    return make_uint4(ptx::round_pair(low[0] * factor, low[1] * factor, Type()), ptx::round_pair(low[2] * factor, low[3] * factor, Type()),
+    return make_uint4(ptx::round_pair(low[0] * factor, low[1] * factor, Type()),
+                      ptx::round_pair(low[2] * factor, low[3] * factor, Type()),
                       ptx::round_pair(high[0] * factor, high[1] * factor, Type()),
                       ptx::round_pair(high[2] * factor, high[3] * factor, Type()));
   }

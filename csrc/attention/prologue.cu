@@ -1,16 +1,16 @@
-// gemma4_qkv_prologue and gemma4_k_eq_v_prologue: what stands in front of attention, in one launch: norms of q, k and v, rotation of q
-// and k, the write into the cache.
+// gemma4_qkv_prologue and gemma4_k_eq_v_prologue: what stands in front of attention, in one launch: norms of q, k and v,
+// rotation of q and k, the write into the cache.
 //
-//   q   (batch, rows, q_heads, head_dim)      k, v  (batch, rows, kv_heads, head_dim), k absent where the cache holds values alone
+//   q   (batch, rows, q_heads, head_dim)      k, v  (batch, rows, kv_heads, head_dim), k absent where a cache holds v alone
 //   cos, sin  (batch, rows, head_dim)         out   as q, dense
 //   caches    (entries, entry_rows, kv_heads, head_dim): a request's own, or pages with a block table
 //
-// A block owns one row and a few heads of it, LANES lanes of a warp a head of q, k or v: 16 to head_dim 256, else 32. RoPE turns the
-// pairs (d, d + D / 2), so a lane holds eight neighbours of the lower half of a head and the same eight of the upper: no pair is
-// split, and a 16-bit head is read and written 16 bytes at a time.
+// A block owns one row and a few heads of it, LANES lanes of a warp a head of q, k or v: 16 to head_dim 256, else 32. RoPE
+// turns the pairs (d, d + D / 2), so a lane holds eight neighbours of the lower half of a head and the same eight of the upper:
+// no pair is split, and a 16-bit head is read and written 16 bytes at a time.
 //
-// A norm is rounded once; of a rotation each product and the sum are. Order of a sum of squares: a lane's lower eight, its upper
-// eight, lanes in pairs. It depends on head_dim only, so a row's bits do not depend on the others.
+// A norm is rounded once; of a rotation each product and the sum are. Order of a sum of squares: a lane's lower eight, its
+// upper eight, lanes in pairs. It depends on head_dim only, so a row's bits do not depend on the others.
 #include <cmath>
 
 #include "../common/checks.h"
@@ -70,7 +70,8 @@ __device__ __forceinline__ int64_t whole_number(const void* numbers, int64_t i, 
   return are_64_bit ? static_cast<const int64_t*>(numbers)[i] : static_cast<const int32_t*>(numbers)[i];
 }
 
-// Where in the cache a row goes; entry -1 where there is no such place, because lengths and pages are numbers that nobody has seen.
+// Where in the cache a row goes; entry -1 where there is no such place, because lengths and pages are numbers that nobody has
+// seen.
 struct Place {
   int64_t entry, row;
 };
@@ -102,7 +103,7 @@ __device__ __forceinline__ Halves load_halves(const void* head, int first, int h
 __device__ __forceinline__ Halves load_weights(const void* weight, int dtype, int first, int half, bool whole) {
   Halves w;
   load_eight(w.low, weight, dtype, first, half, whole);
-  load_eight(w.high, static_cast<const unsigned char*>(weight) + half * (dtype == GEMMA4_FP32 ? 4 : 2), dtype, first, half, whole);
+  load_eight(w.high, static_cast<const unsigned char*>(weight) + half * bytes_of(dtype), dtype, first, half, whole);
   return w;
 }
 
@@ -117,7 +118,8 @@ template <class Type>
 __device__ __forceinline__ void rotate(Halves& x, const Halves& cos, const Halves& sin) {
 #pragma unroll
   for (int i = 0; i < kEight; ++i) {
-    const float low = __fsub_rn(rounded<Type>(__fmul_rn(x.low[i], cos.low[i])), rounded<Type>(__fmul_rn(x.high[i], sin.low[i])));
+    const float low =
+        __fsub_rn(rounded<Type>(__fmul_rn(x.low[i], cos.low[i])), rounded<Type>(__fmul_rn(x.high[i], sin.low[i])));
     x.high[i] = __fadd_rn(rounded<Type>(__fmul_rn(x.high[i], cos.high[i])), rounded<Type>(__fmul_rn(x.low[i], sin.high[i])));
     x.low[i] = low;  // the last rounding is the store's
   }
@@ -176,15 +178,13 @@ __global__ void __launch_bounds__(kThreads) prologue_kernel(const Parameters p) 
   store_halves<Type>(to, x, first, half, p.whole);
 }
 
-// The C interface -----------------------------------------------------------------------------------------------------------------
+// The C interface -------------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kMostElements = int64_t(1) << 60;  // from the first to the last of a tensor: no offset overflows
 
 struct Dim {
   int64_t size, stride;
 };
-
-int64_t bytes_of(int dtype) { return dtype == GEMMA4_FP32 ? 4 : 2; }
 
 // Checks of one call, and what the pointers and strides that have been seen come to.
 struct Arguments {
@@ -214,7 +214,8 @@ struct Arguments {
   }
 
   gemma4_status cache(const char* name, const gemma4_prologue_cache& c) {
-    return tensor(name, c.data, a.dtype, {{a.entries, c.entry_stride}, {a.entry_rows, c.row_stride}, {a.kv_heads, c.head_stride}});
+    return tensor(name, c.data, a.dtype,
+                  {{a.entries, c.entry_stride}, {a.entry_rows, c.row_stride}, {a.kv_heads, c.head_stride}});
   }
 
   gemma4_status weight(const char* name, const void* data, int dtype) {
@@ -233,9 +234,13 @@ struct Arguments {
     if (a.batch * a.rows > INT32_MAX) return checks.invalid("batch * rows must be at most 2147483647");
     if (auto status = size("q_heads", a.q_heads, 1, kMostBlocksOfRow)) return status;
     if (auto status = size("kv_heads", a.kv_heads, 1, kMostBlocksOfRow)) return status;
-    if (a.head_dim < 2 || a.head_dim % 2 != 0) return checks.invalid("head_dim must be even and positive, got " + number(a.head_dim));
+    if (a.head_dim < 2 || a.head_dim % 2 != 0) {
+      return checks.invalid("head_dim must be even and positive, got " + number(a.head_dim));
+    }
     if (a.head_dim > kMostHeadDim) return checks.unsupported("head_dim goes to 512, got " + number(a.head_dim));
-    if (a.batch * a.rows > kMostElements / (a.q_heads * a.head_dim)) return checks.invalid("out would have more than 2^60 elements");
+    if (a.batch * a.rows > kMostElements / (a.q_heads * a.head_dim)) {
+      return checks.invalid("out would have more than 2^60 elements");
+    }
     if (!is_dtype(a.dtype)) return checks.invalid("dtype " + number(a.dtype) + " is no gemma4_dtype");
     if (!(a.eps > 0) || std::isinf(a.eps)) return checks.invalid("eps must be positive and finite");
     return GEMMA4_OK;
@@ -246,7 +251,9 @@ struct Arguments {
     if (auto status = size("entry_rows", a.entry_rows, 1, INT32_MAX)) return status;
     const uintptr_t lengths = a.lengths_are_64_bit ? 8 : 4, pages = a.block_table_is_64_bit ? 8 : 4;
     if (auto status = checks.pointer("lengths", a.lengths, lengths)) return status;
-    if (a.block_table == nullptr) return a.entries >= a.batch ? GEMMA4_OK : checks.invalid("entries must be at least batch without block_table");
+    if (a.block_table == nullptr) {
+      return a.entries >= a.batch ? GEMMA4_OK : checks.invalid("entries must be at least batch without block_table");
+    }
     if (auto status = checks.pointer("block_table", a.block_table, pages)) return status;
     if (auto status = size("table_columns", a.table_columns, 1, INT32_MAX)) return status;
     if (a.batch > 1) return size("table_stride", a.table_stride, 0, kMostElements / a.batch);
@@ -316,7 +323,9 @@ gemma4_status run(const char* function, const gemma4_prologue_arguments* argumen
   if (auto status = checked.places()) return status;
   if (auto status = checked.tensors(has_keys)) return status;
   const Parameters p = parameters_of(a, checked.whole);
-  const auto launch_dtype = a.dtype == GEMMA4_BF16 ? launch_type<Bf16> : a.dtype == GEMMA4_FP16 ? launch_type<Fp16> : launch_type<Fp32>;
+  auto launch_dtype = launch_type<Fp32>;
+  if (a.dtype == GEMMA4_BF16) launch_dtype = launch_type<Bf16>;
+  if (a.dtype == GEMMA4_FP16) launch_dtype = launch_type<Fp16>;
   return checks.launched(launch_dtype(p, unsigned(a.batch * a.rows), stream));
 }
 

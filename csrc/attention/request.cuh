@@ -1,5 +1,5 @@
-// Which rows and keys a request has, where a key lies, and how the keys of a row are split: the same functions in the kernel that
-// makes parts and in the one that adds them.
+// Which rows and keys a request has, where a key lies, and how the keys of a row are split: the same functions in the kernel
+// that makes parts and in the one that adds them.
 //
 // Numbers on the device are nobody's to check before the launch. Here each is held within what exists.
 #pragma once
@@ -76,8 +76,9 @@ struct Chunks {
   int count;  // 0 for a row that sees nothing
 };
 
-// The size is the smallest of those allowed of which `most` hold all keys that the row sees: it depends on nothing but their number, so
-// a row's sums are grouped alike in any company. Chunks are counted from `start`: those of one size have the same edges for all rows.
+// The size is the smallest of those allowed of which `most` hold all keys that the row sees: it depends on nothing but their
+// number, so a row's sums are grouped alike in any company. Chunks are counted from `start`: those of one size have the same
+// edges for all rows.
 __device__ __forceinline__ Chunks chunks_of(const Requests& p, const Splits& splits, const Request& r, int token) {
   const Span span = seen_by(p, r, token);
   const int seen = span.high - span.low;
@@ -132,7 +133,8 @@ __device__ __forceinline__ int slot_of(const Splits& splits, const Chunks& row, 
 }
 
 // Where the part of a row lies among parts, in units of a slot.
-__device__ __forceinline__ int64_t part_of(const Requests& p, const Splits& splits, int b, int heads, int head, int row, int slot) {
+__device__ __forceinline__ int64_t part_of(const Requests& p, const Splits& splits, int b, int heads, int head, int row,
+                                           int slot) {
   return ((int64_t(b) * heads + head) * p.rows + row) * splits.slots + slot;
 }
 

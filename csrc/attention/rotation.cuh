@@ -11,15 +11,15 @@ struct Angle {
   float cos, sin;
 };
 
-// Turns per position, times 2^64, for a frequency in radians: products with a position overflow by whole turns, which is what one
-// wants. In fp32 the angle itself would be off by 0.008 at position 262144.
+// Turns per position, times 2^64, for a frequency in radians: products with a position overflow by whole turns, which is what
+// one wants. In fp32 the angle itself would be off by 0.008 at position 262144.
 __device__ __forceinline__ uint64_t turns_of(double frequency) {
   const double turn = frequency * 0.15915494309189533577;  // 1 / (2 pi)
   return uint64_t(int64_t((turn - floor(turn + 0.5)) * 18446744073709551616.0));
 }
 
-// The angle after `position` steps. The rest of the product is a quarter turn and at most an eighth more, for which Taylor's series
-// reach 1e-7.
+// The angle after `position` steps. The rest of the product is a quarter turn and at most an eighth more, for which Taylor's
+// series reach 1e-7.
 __device__ __forceinline__ Angle angle_at(uint32_t position, uint64_t turns) {
   const uint32_t turn = __umulhi(position, uint32_t(turns)) + position * uint32_t(turns >> 32);  // in 2^-32 turns
   const uint32_t quarter = (turn + 0x20000000u) >> 30;

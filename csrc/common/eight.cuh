@@ -1,5 +1,5 @@
-// Eight neighbours of a row: 16 bytes of a 16-bit type, 32 of fp32. Loaded, rounded and stored as any of the three types, computed
-// with as fp32.
+// Eight neighbours of a row: 16 bytes of a 16-bit type, 32 of fp32. Loaded, rounded and stored as any of the three types,
+// computed with as fp32.
 #pragma once
 
 #include "../include/gemma4_kernels.h"
@@ -12,6 +12,8 @@ using ptx::Fp16;
 struct Fp32 {};
 
 constexpr int kEight = 8;
+
+__host__ __device__ __forceinline__ int bytes_of(int dtype) { return dtype == GEMMA4_FP32 ? 4 : 2; }
 
 template <class Type>
 struct Stored {
@@ -37,7 +39,8 @@ __device__ __forceinline__ float rounded(float number) {
   return widened(narrowed(number, Type()), Type());
 }
 
-// Numbers first to first + 7 of a row of `count`; zeros beyond its end. `whole`: there are eight or none, at multiples of 16 bytes.
+// Numbers first to first + 7 of a row of `count`; zeros beyond its end. `whole`: there are eight or none, at multiples of 16
+// bytes.
 template <class Type>
 __device__ __forceinline__ void load_eight(float (&out)[kEight], const void* row, int first, int count, bool whole) {
   const auto* from = static_cast<const Bits<Type>*>(row) + first;

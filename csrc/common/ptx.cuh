@@ -130,7 +130,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
 __device__ __forceinline__ float from_lane_across(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 __device__ __forceinline__ uint32_t from_lane_across(uint32_t value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 
-// 16 bytes through registers, past L1 like the copies; volatile, or the compiler would ask for them before others need no registers.
+// 16 bytes through registers, past L1 like the copies; volatile, or the compiler would ask for them while registers are short.
 __device__ __forceinline__ uint4 load_16_once(const void* global) {
   uint4 data;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -174,9 +174,6 @@ __device__ __forceinline__ uint32_t add_pair(uint32_t pair, uint32_t addend, Fp1
   asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(pair), "r"(addend));
   return sum;
 }
-
-// What the lane whose number differs in the bits of a mask holds: the steps of a reduction without shared memory.
-__device__ __forceinline__ uint32_t warp_across(uint32_t value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 
 // Reductions of 32-bit integers over a warp, in one instruction since sm_80, where shuffles take ten.
 __device__ __forceinline__ int warp_largest(int value) { return __reduce_max_sync(~0u, value); }

@@ -16,7 +16,7 @@ __device__ __forceinline__ float add_squares(float sum, const float (&numbers)[k
 template <int LANES>
 __device__ __forceinline__ float sum_of_lanes(float own) {
 #pragma unroll
-  for (int apart = LANES / 2; apart > 0; apart /= 2) own = __fadd_rn(own, __shfl_xor_sync(~0u, own, apart));
+  for (int apart = LANES / 2; apart > 0; apart /= 2) own = __fadd_rn(own, ptx::from_lane_across(own, apart));
   return own;
 }
 

@@ -88,11 +88,6 @@ inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 
-// With all lanes taking part.
-inline float __shfl_xor_sync(uint32_t, float value, int lane_mask, int line = __builtin_LINE()) {
-  return __uint_as_float(emulator::shuffle(__float_as_uint(value), emulator::lane() ^ lane_mask, line));
-}
-
 template <class T>
 inline T __ldg(const T* address) {
   if (reinterpret_cast<uintptr_t>(address) % alignof(T) != 0) emulator::fail("a load whose address is no multiple of its bytes");

@@ -112,7 +112,7 @@ inline uint32_t from_lane_across(uint32_t value, int mask, int line = __builtin_
 }
 
 inline uint4 load_16_once(const void* global) {
-  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) emulator::fail("a load of 16 bytes at an address that is no multiple of 16");
+  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) emulator::fail("a load of 16 bytes at no multiple of 16");
   return *static_cast<const uint4*>(global);
 }
 
@@ -120,7 +120,8 @@ inline float from_lane(float value, int lane, int line = __builtin_LINE()) {
   return __uint_as_float(emulator::shuffle(__float_as_uint(value), lane, line));
 }
 inline int64_t from_lane(int64_t value, int lane, int line = __builtin_LINE()) {
-  const uint64_t low = emulator::shuffle(uint32_t(value), lane, line), high = emulator::shuffle(uint32_t(value >> 32), lane, line);
+  const uint64_t low = emulator::shuffle(uint32_t(value), lane, line);
+  const uint64_t high = emulator::shuffle(uint32_t(value >> 32), lane, line);
   return int64_t(high << 32 | low);
 }
 
@@ -144,9 +145,6 @@ inline uint32_t add_pair(uint32_t pair, uint32_t addend, Fp16) {
   return sum(uint16_t(pair), uint16_t(addend)) | uint32_t(sum(pair >> 16, addend >> 16)) << 16;
 }
 
-inline uint32_t warp_across(uint32_t value, int mask, int line = __builtin_LINE()) {
-  return emulator::shuffle(value, emulator::lane() ^ mask, line);
-}
 inline int warp_largest(int value, int line = __builtin_LINE()) { return emulator::reduce(emulator::kLargest, value, line); }
 inline int warp_smallest(int value, int line = __builtin_LINE()) { return emulator::reduce(emulator::kSmallest, value, line); }
 inline int warp_sum(int value, int line = __builtin_LINE()) { return emulator::reduce(emulator::kSum, value, line); }

@@ -198,9 +198,9 @@ typedef enum gemma4_codes {
   GEMMA4_CODES_INT8 = 2
 } gemma4_codes;
 
-/* Values alone, keys a function of them: k[j] = rope(v[j] * k_norm_weight, j), head_dim 128, 256 or 512. Pair (d, d + head_dim / 2)
- * rotates by position * inv_freq[d]; row i of a request sees the keys up to its own token. Row j of a request is position j: cu_q,
- * cu_k, first and entry are null. With codes, head_dim is 128 or 512 and strides of v are multiples of 16. */
+/* Values alone, keys a function of them: k[j] = rope(v[j] * k_norm_weight, j), head_dim 128, 256 or 512. Pair
+ * (d, d + head_dim / 2) rotates by position * inv_freq[d]; row i of a request sees the keys up to its own token. Row j of a
+ * request is position j: cu_q, cu_k, first and entry are null. With codes, head_dim is 128 or 512 and strides of v are multiples of 16. */
 typedef struct gemma4_k_eq_v_decode_arguments {
   gemma4_attention attention;
   const void* k_norm_weight;    /* (head_dim) */

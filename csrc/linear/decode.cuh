@@ -23,8 +23,8 @@
 // Two mma make the product of 32 columns, or one that of 16; its fp32 sum times the scale joins the accumulator, so codes are never
 // rounded. Offsets are multiplied with the sum of x over the 32 columns, which the warps make for each other.
 //
-// For GeGLU the last 32 of a block's 64 rows are those of a second weight, up, of the same outputs as the first 32, the gate's: two
-// warps each, one x. What becomes of the sums is decided when they are there (epilogue.cuh), so the main loop is the same for all.
+// For GeGLU the last 32 of a block's 64 rows are those of a second weight, up, of the same outputs as the first 32, the gate's:
+// two warps each, one x. What becomes of the sums is decided when they are there (epilogue.cuh), so the main loop is one for all.
 //
 // A row of out depends on its own row of x: the columns of B do not meet. Pieces of K follow from the weight's shape and the device.
 #pragma once

@@ -1,6 +1,6 @@
 // What becomes of a block's sums when all of K, or its piece, has gone by.
 //
-//     a piece of K   sums to the workspace, fp32; one of the kernels of pieces.cu adds them in their order and goes on from there
+//     a piece of K   sums to the workspace, fp32; a kernel of pieces.cu adds them in their order and goes on from there
 //     product        sum + bias + residual, in fp32, rounded once
 //     GeGLU          gelu(gate) * up, in fp32, rounded once; two of the warps have the one, two the other
 //     argmax         the largest of the block's outputs for each row of x, each rounded as the product is
@@ -14,7 +14,9 @@
 namespace gemma4::linear {
 
 // Which rows of a block are of up, and the output that a row is of.
-__device__ __forceinline__ bool is_of_up(const Parameters& p, int block_row) { return p.result == kGeglu && block_row >= kPairs; }
+__device__ __forceinline__ bool is_of_up(const Parameters& p, int block_row) {
+  return p.result == kGeglu && block_row >= kPairs;
+}
 
 __device__ __forceinline__ int output_of(const Parameters& p, int block_row) {
   return p.result == kGeglu ? blockIdx.x * kPairs + block_row % kPairs : blockIdx.x * kOutputs + block_row;
@@ -33,12 +35,14 @@ __device__ __forceinline__ float load_bias(const Parameters& p, int output) {
 template <class Type>
 __device__ __forceinline__ uint16_t product_of(const Parameters& p, int row, int output, float sum) {
   sum += load_bias(p, output);
-  if (p.residual != nullptr) sum += number_of(static_cast<const uint16_t*>(p.residual)[row * p.residual_stride + output], Type());
+  if (p.residual != nullptr) {
+    sum += number_of(static_cast<const uint16_t*>(p.residual)[row * p.residual_stride + output], Type());
+  }
   return rounded(sum, Type());
 }
 
-// GeLU by its tanh approximation, x / 2 * (1 + tanh(u)). (1 + tanh(u)) / 2 is 1 / (1 + exp(-2 u)): so written nothing cancels where
-// u is negative, and the exponential, of a number that is never positive, cannot overflow.
+// GeLU by its tanh approximation, x / 2 * (1 + tanh(u)). (1 + tanh(u)) / 2 is 1 / (1 + exp(-2 u)): so written nothing cancels
+// where u is negative, and the exponential, of a number that is never positive, cannot overflow.
 __device__ __forceinline__ float gelu_tanh(float x) {
   const float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);  // sqrt(2 / pi)
   const float shrunk = expf(-2 * fabsf(u));

@@ -51,10 +51,9 @@ gemma4_status check_pair(const Call& call) {
 gemma4_status check_sizes(const Call& call) {
   const Checks& checks = call.checks;
   if (call.m < 0) return checks.invalid("m must be at least 0, got " + number(call.m));
-  if (auto status = check_weight(call.up != nullptr ? Checks{"gemma4_linear_geglu: gate"} : checks, call.weight)) return status;
-  if (call.up != nullptr) {
-    if (auto status = check_pair(call)) return status;
-  }
+  const bool is_pair = call.up != nullptr;
+  if (auto status = check_weight(is_pair ? Checks{"gemma4_linear_geglu: gate"} : checks, call.weight)) return status;
+  if (auto status = is_pair ? check_pair(call) : GEMMA4_OK) return status;
   if (call.m > kMostRows) return checks.unsupported("m goes to 16, got " + number(call.m));
   if (call.pieces < 0) return checks.invalid("pieces must be at least 0, got " + number(call.pieces));
   if (!is_dtype(call.dtype)) return checks.invalid("dtype " + number(call.dtype) + " is no gemma4_dtype");
@@ -75,7 +74,8 @@ gemma4_status check_x(const Call& call) {
 gemma4_status check_rows(const Call& call, const char* name, const void* rows, int64_t stride) {
   if (auto status = call.checks.pointer(name, rows, 2)) return status;
   if (stride < call.weight.n || stride > kMostStride) {
-    return call.checks.invalid(std::string(name) + "_stride must be at least n = " + number(call.weight.n) + ", got " + number(stride));
+    return call.checks.invalid(std::string(name) + "_stride must be at least n = " + number(call.weight.n) + ", got " +
+                               number(stride));
   }
   return GEMMA4_OK;
 }
@@ -83,7 +83,9 @@ gemma4_status check_rows(const Call& call, const char* name, const void* rows, i
 gemma4_status check_addends(const Call& call, const gemma4_linear_arguments& a) {
   if (a.bias != nullptr) {
     if (!is_dtype(a.bias_dtype)) return call.checks.invalid("bias_dtype " + number(a.bias_dtype) + " is no gemma4_dtype");
-    if (!is_aligned(a.bias, a.bias_dtype == GEMMA4_FP32 ? 4 : 2)) return call.checks.invalid("bias is not aligned to its elements");
+    if (!is_aligned(a.bias, a.bias_dtype == GEMMA4_FP32 ? 4 : 2)) {
+      return call.checks.invalid("bias is not aligned to its elements");
+    }
   }
   return a.residual == nullptr ? GEMMA4_OK : check_rows(call, "residual", a.residual, a.residual_stride);
 }

@@ -1,5 +1,5 @@
-// What is left when all blocks are done: the pieces of K, added in their order, and the largest logit of a row. Kernels of their own,
-// because atomics would add in any order.
+// What is left when all blocks are done: the pieces of K, added in their order, and the largest logit of a row. Kernels of
+// their own, because atomics would add in any order.
 #include "decode.h"
 #include "epilogue.cuh"
 

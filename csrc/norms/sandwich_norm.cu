@@ -4,12 +4,12 @@
 //
 //   x, residual, hidden, normed   (m, n) in one type, rows dense        weights   (n), each in a type of its own
 //
-// A block owns a row and holds it in registers, eight neighbours of it in a thread (16 for rows of more than 8192 numbers): x and
-// residual are read once, hidden and normed written once. The weights' loads come after a barrier that waits for x; they are sent
-// ahead to L1, for which no thread waits.
+// A block owns a row and holds it in registers, eight neighbours of it in a thread (16 for rows of more than 8192 numbers): x
+// and residual are read once, hidden and normed written once. The weights' loads come after a barrier that waits for x; they
+// are sent ahead to L1, for which no thread waits.
 //
-// Order of a sum of squares: a thread's eight, then the next eight that it has, lanes and then warps in pairs. It depends on n only,
-// so a row's bits do not depend on the others. Shared memory: 32 sums of warps for each of the two norms, 256 bytes.
+// Order of a sum of squares: a thread's eight, then the next eight that it has, lanes and then warps in pairs. It depends on n
+// only, so a row's bits do not depend on the others. Shared memory: 32 sums of warps for each of the two norms, 256 bytes.
 #include <cmath>
 
 #include "../common/checks.h"
@@ -32,8 +32,6 @@ struct Parameters {
   float eps;
   bool whole;  // every row and weight may be taken 16 bytes at a time
 };
-
-__host__ __device__ __forceinline__ int bytes_of(int dtype) { return dtype == GEMMA4_FP32 ? 4 : 2; }
 
 template <class Type>
 __device__ __forceinline__ const void* row_of(const void* base, int64_t stride) {
@@ -67,7 +65,8 @@ __device__ __forceinline__ float inverse_rms_of_row(const float (&x)[CHUNKS][kEi
 
 // (residual + normed) * layer_scalar, each operation rounded; into `normed`.
 template <class Type>
-__device__ __forceinline__ void add_residual(float (&normed)[kEight], const float (&residual)[kEight], bool scaled, float scalar) {
+__device__ __forceinline__ void add_residual(float (&normed)[kEight], const float (&residual)[kEight], bool scaled,
+                                             float scalar) {
 #pragma unroll
   for (int i = 0; i < kEight; ++i) {
     normed[i] = rounded<Type>(__fadd_rn(residual[i], normed[i]));
@@ -117,7 +116,7 @@ __global__ void __launch_bounds__(kMostThreads) sandwich_norm_kernel(const Param
   }
 }
 
-// The C interface -----------------------------------------------------------------------------------------------------------------
+// The C interface -------------------------------------------------------------------------------------------------------------
 
 constexpr Checks kChecks{"gemma4_sandwich_norm"};
 constexpr int64_t kMostElements = int64_t(1) << 60;  // from the first to the last of a tensor: no offset overflows
@@ -191,6 +190,8 @@ extern "C" gemma4_status gemma4_sandwich_norm(const gemma4_sandwich_norm_argumen
       a.normed,   a.x_stride,        a.residual_stride, a.hidden_stride, a.normed_stride,     int(a.n),
       a.post_weight_dtype, a.pre_weight_dtype, a.layer_scalar_dtype, a.eps, is_whole(a),
   };
-  const auto launch_type = a.dtype == GEMMA4_BF16 ? launch_for<Bf16> : a.dtype == GEMMA4_FP16 ? launch_for<Fp16> : launch_for<Fp32>;
+  auto launch_type = launch_for<Fp32>;
+  if (a.dtype == GEMMA4_BF16) launch_type = launch_for<Bf16>;
+  if (a.dtype == GEMMA4_FP16) launch_type = launch_for<Fp16>;
   return kChecks.launched(launch_type(p, unsigned(a.m), stream));
 }

@@ -202,7 +202,7 @@ struct Survey {
 // Blocks --------------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int64_t across(int64_t value, int mask) {
-  const uint32_t low = ptx::warp_across(uint32_t(value), mask), high = ptx::warp_across(uint32_t(uint64_t(value) >> 32), mask);
+  const uint32_t low = ptx::from_lane_across(uint32_t(value), mask), high = ptx::from_lane_across(uint32_t(uint64_t(value) >> 32), mask);
   return int64_t(uint64_t(high) << 32 | low);
 }
 

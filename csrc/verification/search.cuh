@@ -17,6 +17,7 @@ struct RowShared {
   int64_t places[kScratch];
   int64_t bins[kBins * kListReplicas];
   int64_t scratch[kRowWarps];
+  float scores[kGroup][kRowThreads];  // each thread's own, of a row that is read
   int64_t before;  // mass below the bin
   int digit;
   int listed;
@@ -47,13 +48,15 @@ struct WholeRow {
   template <class Visit>
   __device__ __forceinline__ void each(Visit visit) const {
     for (int first = int(threadIdx.x) * kGroup; first < row.vocabulary; first += kRowThreads * kGroup) {
-      float logit[kGroup];
-      row.group(first, logit);
-      request.scores_of(logit);
+      float score[kGroup];
+      row.group(first, score);
+      request.scores_of(score);
+      // Through shared memory, so that a visit is in the code once and not eight times.
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        if (first + i < row.vocabulary) visit(place_of(key_of(logit[i]), first + i));
-      }
+      for (int i = 0; i < kGroup; ++i) shared.scores[i][threadIdx.x] = score[i];
+      const int count = row.vocabulary - first < kGroup ? row.vocabulary - first : kGroup;
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) visit(place_of(key_of(shared.scores[i][threadIdx.x]), first + i));
     }
   }
 };

@@ -74,8 +74,8 @@ __device__ int64_t list_largest(const int (&key)[kTokensOfThread], const TileTok
 #pragma unroll
   for (int i = 1; i < kTokensOfThread; ++i) largest = key[i] > largest ? key[i] : largest;
   // The maxima of 32 groups of 64 tokens: so many tokens reach the least of them, which is where the search begins.
-  largest = int(larger(largest, int(ptx::warp_across(uint32_t(largest), 1))));
-  largest = int(larger(largest, int(ptx::warp_across(uint32_t(largest), 2))));
+  largest = int(larger(largest, int(ptx::from_lane_across(uint32_t(largest), 1))));
+  largest = int(larger(largest, int(ptx::from_lane_across(uint32_t(largest), 2))));
   const int least_of_warp = ptx::warp_smallest(largest), most_of_warp = ptx::warp_largest(largest);
   if (threadIdx.x % 32 == 0) {
     shared.counts[0][threadIdx.x / 32] = least_of_warp;

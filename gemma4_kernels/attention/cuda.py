@@ -13,6 +13,7 @@ from torch import Tensor
 from gemma4_kernels.attention import value_codes
 from gemma4_kernels.backends import Call
 from gemma4_kernels.cuda_common import support
+from gemma4_kernels.cuda_common.arguments import address
 from gemma4_kernels.op_support import DECODE_ROWS
 
 FLASH_HEAD_DIMS = (64, 128, 256)
@@ -30,7 +31,7 @@ def refuses(call: Call) -> str | None:
         return reason
     if call.shape_class.startswith("prefill"):
         return f"goes to {DECODE_ROWS} rows"
-    served = FLASH_HEAD_DIMS
+    served: tuple[int, ...] = FLASH_HEAD_DIMS
     if call.op == "k_eq_v_attention":
         served = CODED_HEAD_DIMS if call.features & CODES.keys() else K_EQ_V_HEAD_DIMS
     if call.head_dim and call.head_dim not in served:  # `info` asks for none in particular
@@ -99,7 +100,8 @@ def k_eq_v_attention(
         codes, scale_rows = 0, module.Rows(0, 0, 0, 0)
     else:
         codes = CODES[value_codes.FEATURES[values.dtype]]
-        values_scale = values_scale.contiguous().expand(values.shape[:-1])  # a scale for every row, or one for all of a head
+        # A scale for every row, or one for all of a head.
+        values_scale = values_scale.contiguous().expand(values.shape[:-1])
         scale_rows = rows_of(module, values_scale.unsqueeze(-1))
     arguments = module.KEqVDecodeArguments(
         attention=call.attention, k_norm_weight=k_norm_weight.data_ptr(),
@@ -138,7 +140,7 @@ class AttentionCall:
             batch=batch, rows=rows, capacity=capacity, total_rows=q.shape[0] if given["cu_q"] is not None else 0,
             total_keys=v.shape[0] if packed else 0, entries=0 if packed else v.shape[0],
             page_size=0 if table is None else v.shape[1], table_stride=0 if table is None else table.stride(0),
-            block_table=_address(table), **{name: _address(tensor) for name, tensor in given.items()},
+            block_table=address(table), **{name: address(tensor) for name, tensor in given.items()},
         )  # fmt: skip
         self._kept = (q, table, given)
         out_batch = self.out.stride(0) if leading else 0
@@ -182,7 +184,3 @@ def _int32(numbers: Tensor | None) -> Tensor | None:
     if numbers.dtype != torch.int32:
         numbers = numbers.clamp(-1, torch.iinfo(torch.int32).max).to(torch.int32)
     return numbers if numbers.stride(-1) == 1 or numbers.shape[-1] <= 1 else numbers.contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -54,7 +54,10 @@ _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by the tensor of codes
 
 
 def refusal(x: Tensor, weight: QuantizedWeight, has_addend: bool = False) -> str | None:
-    """Why the op cannot serve a product, or None. Packs the weight if it has not been yet. An addend is a bias or a residual."""
+    """Why the op cannot serve a product, or None. Packs the weight if it has not been yet.
+
+    An addend is a bias or a residual.
+    """
     if x.device.type != "cpu":
         return "is for CPUs"
     if not environment.packed_copies():

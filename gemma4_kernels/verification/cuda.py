@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels.cuda_common import support
+from gemma4_kernels.cuda_common.arguments import address
 from gemma4_kernels.verification.outcome import Outcome
 
 _METHODS = {"match": 0, "rejection": 1, "block": 2}  # gemma4_method
@@ -40,22 +41,17 @@ def verify_drafts(
     module = support.module_for(device)
     arguments = module.VerifyArguments(
         batch=batch, drafts_count=rows - 1, vocabulary=vocab_size, logits=logits.data_ptr(),
-        stride_batch=logits.stride(0), stride_row=logits.stride(1), draft_logits=_address(draft_logits),
+        stride_batch=logits.stride(0), stride_row=logits.stride(1), draft_logits=address(draft_logits),
         draft_stride_batch=0 if draft_logits is None else draft_logits.stride(0),
-        draft_stride_row=0 if draft_logits is None else draft_logits.stride(1), draft_tokens=_address(drafts),
-        num_drafts=_address(lengths), max_new_tokens=_address(budget), temperature=reals[0].data_ptr(),
+        draft_stride_row=0 if draft_logits is None else draft_logits.stride(1), draft_tokens=address(drafts),
+        num_drafts=address(lengths), max_new_tokens=address(budget), temperature=reals[0].data_ptr(),
         top_k=wholes[0].data_ptr(), cut=reals[1].data_ptr(), min_p=reals[2].data_ptr(), softcap=reals[3].data_ptr(),
         seeds=wholes[1].data_ptr(), positions=wholes[2].data_ptr(), ends=list(eos_token_ids), tokens=tokens.data_ptr(),
         num_accepted=results[0].data_ptr(), next_token=results[1].data_ptr(), num_emitted=results[2].data_ptr(),
         hidden_row=results[3].data_ptr(), finished=flags[0].data_ptr(), refused=flags[1].data_ptr(),
         dtype=support.DTYPE_CODES[logits.dtype], method=_METHODS[method], stream=stream,
     )  # fmt: skip
-    on_gpu = device.type == "cuda"
-    with torch.cuda.device(device if on_gpu else -1):
-        nbytes = module.verify_workspace(arguments)
-        workspace = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        cuda_stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-        module.verify(arguments, workspace.data_ptr(), nbytes, cuda_stream)
+    support.run(module.verify, module.verify_workspace, arguments, device)
     finished, refused = flags.view(torch.bool)
     return (tokens, *results, finished, refused)
 
@@ -63,7 +59,3 @@ def verify_drafts(
 def _whole(tensor: Tensor | None) -> Tensor | None:
     """The kernels read whole numbers of 64 bits, next to each other."""
     return None if tensor is None else tensor.long().contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

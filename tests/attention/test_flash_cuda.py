@@ -1,4 +1,4 @@
-"""The compiled kernels of sliding layers on the emulator: the case list, row bits, caches of every layout, and what is refused."""
+"""The compiled kernels of sliding layers on the emulator: the case list, row bits, every layout of a cache, what is refused."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def served(case: AttentionCase) -> bool:
 
 
 def narrowed(case: AttentionCase) -> AttentionCase:
-    """At most two KV heads with at most four query heads each, and a served head_dim: what is left out are blocks that differ by an
-    offset, and groups of tiles, which have tests of their own."""
+    """At most two KV heads with at most four query heads each, and a served head_dim: what is left out are blocks that differ
+    by an offset, and groups of tiles, which have tests of their own."""
     heads, group = min(case.hkv, 2), min(case.hq // case.hkv, 4)
     return replace(case, hkv=heads, hq=group * heads, d=min(case.d, 256), dtype=case.dtype.replace("32", "16"))
 

@@ -132,9 +132,13 @@ def test_the_last_positions_of_the_longest_cache():
     pages = call.values.view(7, page_size, 1, 128)
     cache = pages[table[0].long()].flatten(0, 1)[None, :length]  # (1, length, 1, 128)
     wanted = length - 7
-    key = reference.keys_from_values(cache[:, wanted : wanted + 1].double(), call.weight, call.inv_freq, torch.tensor([wanted]))
+    key = reference.keys_from_values(
+        cache[:, wanted : wanted + 1].double(), call.weight, call.inv_freq, torch.tensor([wanted])
+    )
     q = (4 * key).expand(1, 1, 2, 128).to(call.q.dtype)
-    got = k_eq_v_attention(q, pages, call.weight, call.inv_freq, cache_seqlens=length, block_table=table, return_lse=True)
+    got = k_eq_v_attention(
+        q, pages, call.weight, call.inv_freq, cache_seqlens=length, block_table=table, return_lse=True
+    )
     exact = reference.k_eq_v_attention(q, cache, call.weight, call.inv_freq)
     plain = reference.plain_k_eq_v_attention(q, cache, call.weight, call.inv_freq)
     for result, expected, ordinary in zip(got, exact, plain, strict=True):

@@ -1,5 +1,5 @@
-// Buffers of the programs here, and the numbers in them: heap blocks of exactly their size, so that AddressSanitizer sees the first
-// byte beyond.
+// Buffers of the programs here, and the numbers in them: heap blocks of exactly their size, so that AddressSanitizer sees the
+// first byte beyond.
 #pragma once
 
 #include <algorithm>
@@ -12,15 +12,23 @@
 
 namespace checks {
 
-// A heap block with its first byte at a multiple of 16.
+// A heap block with its first byte at a multiple of 16, filled with NaN.
 struct Block {
   explicit Block(size_t bytes) : size(bytes), data(static_cast<unsigned char*>(std::aligned_alloc(16, round(bytes)))) {
     // aligned_alloc wants whole multiples; AddressSanitizer is told of the rest by giving it back.
     if (void* exact = bytes != 0 ? std::realloc(data, bytes) : nullptr) data = static_cast<unsigned char*>(exact);
+    std::memset(data, 0xFF, size);
   }
   ~Block() { std::free(data); }
   Block(const Block&) = delete;
   static size_t round(size_t bytes) { return std::max<size_t>(16, (bytes + 15) / 16 * 16); }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data);
+  }
+  bool is_untouched() const {
+    return std::all_of(data, data + size, [](unsigned char byte) { return byte == 0xFF; });
+  }
   size_t size;
   unsigned char* data;
 };

@@ -46,8 +46,8 @@ struct Call {
       : shape(s),
         random(seed),
         lengths(numbers_for(s)),
-        entries(s.cache == kPages ? 2 * s.batch * pages() : s.cache == kEntries ? 2 * s.batch : s.cache == kPacked ? 1 : s.batch),
-        entry_rows(s.cache == kPages ? s.page : s.cache == kPacked ? std::accumulate(lengths.begin(), lengths.end(), 0) : s.keys),
+        entries(entries_for(s)),
+        entry_rows(s.cache == kPages ? s.page : s.cache == kPacked ? all_keys() : s.keys),
         total_rows(s.cache == kPacked ? packed_rows() : s.batch * s.rows),
         q(2 * total_rows * s.heads * s.dim),
         k(2 * entries * entry_rows * s.kv_heads * s.dim),
@@ -86,9 +86,18 @@ struct Call {
     return found;
   }
 
+  // Twice as many as there is use for, where requests find theirs.
+  int64_t entries_for(const Shape& s) const {
+    return s.cache == kPages ? 2 * s.batch * pages() : s.cache == kEntries ? 2 * s.batch : s.cache == kPacked ? 1 : s.batch;
+  }
+
+  int64_t all_keys() const { return std::accumulate(lengths.begin(), lengths.end(), int64_t(0)); }
+
   int64_t packed_rows() {
     cu_q = {0};
-    for (int64_t b = 0; b < shape.batch; ++b) cu_q.push_back(int32_t(cu_q.back() + (b == 0 ? shape.rows : random() % (shape.rows + 1))));
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      cu_q.push_back(int32_t(cu_q.back() + (b == 0 ? shape.rows : random() % (shape.rows + 1))));
+    }
     return cu_q.back();
   }
 
@@ -222,8 +231,9 @@ int check_shapes() {
     Call call(s, ++seed);
     const auto status = call.run();
     const double worst = status == GEMMA4_OK ? call.worst() : INFINITY;
+    const char* said = status == GEMMA4_OK ? "ran" : gemma4_last_error();
     std::printf("rows %ld keys %ld heads %ld/%ld dim %ld cache %d: %s, %.3f of what is allowed\n", long(s.rows), long(s.keys),
-                long(s.heads), long(s.kv_heads), long(s.dim), int(s.cache), status == GEMMA4_OK ? "ran" : gemma4_last_error(), worst);
+                long(s.heads), long(s.kv_heads), long(s.dim), int(s.cache), said, worst);
     if (worst > 1) return 1;
   }
   return 0;
@@ -271,16 +281,16 @@ int fuzz(int count) {
   std::mt19937 random(7);
   for (int i = 0; i < count; ++i) {
     const int64_t group = 1 + random() % 2;
-    Call call({int64_t(1 + random() % 2), int64_t(1 + random() % 4), int64_t(1 + random() % 40), 2 * group, 2, 64, int(random() % 2),
-               Cache(random() % 5)},
-              unsigned(i));
+    const int64_t batch = 1 + random() % 2, rows = 1 + random() % 4, keys = 1 + random() % 40;
+    Call call({batch, rows, keys, 2 * group, 2, 64, int(random() % 2), Cache(random() % 5)}, unsigned(i));
     size_t wanted = 0;
-    if (gemma4_flash_decode_workspace(&call.arguments, &wanted) != GEMMA4_OK) return std::printf("%s\n", gemma4_last_error()), 1;
-    gemma4_status status;
+    gemma4_status status = gemma4_flash_decode_workspace(&call.arguments, &wanted);
+    if (status != GEMMA4_OK) return std::printf("%s\n", gemma4_last_error()), 1;
     if (random() % 8 == 0) {
       Block workspace(wanted);
       const bool null = random() % 2;
-      status = gemma4_flash_decode(&call.arguments, null ? nullptr : workspace.data, null ? wanted : random() % wanted, nullptr);
+      const size_t bytes = null ? wanted : random() % wanted;
+      status = gemma4_flash_decode(&call.arguments, null ? nullptr : workspace.data, bytes, nullptr);
       if (status != GEMMA4_WORKSPACE_TOO_SMALL) return std::printf("a small workspace gave status %d\n", status), 1;
     } else if (random() % 64 == 0) {
       status = gemma4_flash_decode(nullptr, nullptr, 0, nullptr);

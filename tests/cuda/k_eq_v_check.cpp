@@ -3,8 +3,8 @@
 //   k_eq_v_check           calls of many shapes, each against the same in double; and angles at positions near and far
 //   k_eq_v_check fuzz N    N calls with arguments out of order: a status and a message, and nothing written
 //
-// Every buffer is a heap block of exactly its size, so AddressSanitizer sees the first byte beyond. Lengths and page numbers may be
-// anything: what they name beyond what exists must not be read.
+// Every buffer is a heap block of exactly its size, so AddressSanitizer sees the first byte beyond. Lengths and page numbers
+// may be anything: what they name beyond what exists must not be read.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -17,8 +17,11 @@
 
 #include "../../csrc/attention/rotation.cuh"
 #include "../../csrc/include/gemma4_kernels.h"
+#include "blocks.h"
 
 namespace {
+
+using namespace checks;
 
 struct Shape {
   int64_t dim, kv_heads, group, rows, capacity;
@@ -29,35 +32,6 @@ struct Shape {
   int64_t first_pair = 0;
   int codes = GEMMA4_CODES_NONE;
 };
-
-// A heap block with its first byte at a multiple of 16.
-struct Block {
-  explicit Block(size_t bytes) : size(bytes), data(static_cast<unsigned char*>(std::aligned_alloc(16, round(bytes)))) {
-    // aligned_alloc wants whole multiples; AddressSanitizer is told of the rest by giving it back.
-    if (void* exact = bytes != 0 ? std::realloc(data, bytes) : nullptr) data = static_cast<unsigned char*>(exact);
-    std::memset(data, 0xFF, size);
-  }
-  ~Block() { std::free(data); }
-  Block(const Block&) = delete;
-  static size_t round(size_t bytes) { return std::max<size_t>(16, (bytes + 15) / 16 * 16); }
-  template <class T>
-  T* as() const {
-    return reinterpret_cast<T*>(data);
-  }
-  bool is_untouched() const {
-    return std::all_of(data, data + size, [](unsigned char byte) { return byte == 0xFF; });
-  }
-  size_t size;
-  unsigned char* data;
-};
-
-uint16_t to_half(float value, int dtype) {
-  return dtype == GEMMA4_BF16 ? emulator::float_to_bf16(value) : emulator::float_to_fp16(value);
-}
-
-float from_half(uint16_t bits, int dtype) {
-  return dtype == GEMMA4_BF16 ? emulator::bf16_to_float(bits) : emulator::fp16_to_float(bits);
-}
 
 struct Call {
   Shape s;
@@ -89,7 +63,8 @@ struct Call {
       lengths.as<int32_t>()[b] = s.lengths[size_t(b)];
       for (int64_t page = 0; page < pages; ++page) {
         // Entries that no length reaches may hold anything.
-        table.as<int32_t>()[b * pages + page] = page * s.page_size < length(b) ? order[size_t(b * pages + page)] : int32_t(random());
+        const bool is_used = page * s.page_size < length(b);
+        table.as<int32_t>()[b * pages + page] = is_used ? order[size_t(b * pages + page)] : int32_t(random());
       }
       for (int64_t key = 0; key < length(b); ++key) {
         for (int64_t i = 0; i < s.kv_heads * s.dim; ++i) {
@@ -197,8 +172,8 @@ struct Call {
     return rebuilt;
   }
 
-  // Largest error over what is allowed: operands of the first product are rounded as the kernel rounds them, weights of the second and
-  // the result by at most one last place, and a few keys may round the other way.
+  // Largest error over what is allowed: operands of the first product are rounded as the kernel rounds them, weights of the
+  // second and the result by at most one last place, and a few keys may round the other way.
   double worst() const {
     const double last_place = s.dtype == GEMMA4_BF16 ? 1.0 / 256 : 1.0 / 2048;
     const auto rebuilt = rebuilt_pairs();
@@ -245,7 +220,8 @@ struct Call {
           for (int64_t d = 0; d < s.dim; ++d) {
             const double got = from_half(out.as<uint16_t>()[place * s.dim + d], s.dtype);
             const double expected = seen == 0 ? 0 : sums[size_t(d)] / total, size = seen == 0 ? 0 : sizes[size_t(d)] / total;
-            const double error = std::fabs(got - expected) / ((last_place + 2e-3) * size + last_place * std::fabs(expected) + 1e-7);
+            const double allowed = (last_place + 2e-3) * size + last_place * std::fabs(expected) + 1e-7;
+            const double error = std::fabs(got - expected) / allowed;
             worst = std::isnan(got) ? INFINITY : std::max(worst, error);
           }
         }
@@ -355,7 +331,8 @@ int fuzz(int count) {
     if (random() % 8 == 0) {
       Block workspace(wanted);
       const bool null = random() % 2;
-      status = gemma4_k_eq_v_decode(&call.arguments, null ? nullptr : workspace.data, null ? wanted : random() % wanted, nullptr);
+      const size_t bytes = null ? wanted : random() % wanted;
+      status = gemma4_k_eq_v_decode(&call.arguments, null ? nullptr : workspace.data, bytes, nullptr);
       if (status != GEMMA4_WORKSPACE_TOO_SMALL) return std::printf("a small workspace gave status %d\n", status), 1;
     } else if (random() % 64 == 0) {
       status = gemma4_k_eq_v_decode(nullptr, nullptr, 0, nullptr);

@@ -1,6 +1,6 @@
 // The fused forms of gemma4_linear on the emulator, called through the C interface, for builds that no Python can load.
 //
-//   linear_fused_check           GeGLU against the products in double, the argmax against gemma4_linear's own outputs, a residual
+//   linear_fused_check           GeGLU against products in double, the argmax against gemma4_linear's outputs, a residual
 //   linear_fused_check fuzz N    N calls with arguments out of order: a status and a message, and nothing written
 #include <cmath>
 #include <cstdio>
@@ -119,7 +119,9 @@ gemma4_status run(const Arguments& arguments, Workspace workspace_of, Run call) 
 }
 gemma4_status run(const gemma4_linear_arguments& a) { return run(a, gemma4_linear_workspace, gemma4_linear); }
 gemma4_status run(const gemma4_linear_geglu_arguments& a) { return run(a, gemma4_linear_geglu_workspace, gemma4_linear_geglu); }
-gemma4_status run(const gemma4_linear_argmax_arguments& a) { return run(a, gemma4_linear_argmax_workspace, gemma4_linear_argmax); }
+gemma4_status run(const gemma4_linear_argmax_arguments& a) {
+  return run(a, gemma4_linear_argmax_workspace, gemma4_linear_argmax);
+}
 
 // Shapes --------------------------------------------------------------------------------------------------------------
 
@@ -299,7 +301,8 @@ const char* call_wrongly(Call& call, std::mt19937& random, gemma4_status* status
     case 5: *status = gemma4_linear_geglu(nullptr, nullptr, 0, nullptr); return "gemma4_linear_geglu: ";
     case 6: return argmax([&](auto& a, size_t&) { spoil(a.weight, random); });
     case 7: return argmax([&](auto& a, size_t&) { spoil_x(a, random); });
-    case 8: return argmax([&](auto& a, size_t&) { a.indices = static_cast<int64_t*>(const_cast<void*>(moved(a.indices, random))); });
+    case 8:
+      return argmax([&](auto& a, size_t&) { a.indices = static_cast<int64_t*>(const_cast<void*>(moved(a.indices, random))); });
     case 9: return argmax([&](auto&, size_t& bytes) { bytes -= 1 + random() % bytes; });
     case 10: *status = gemma4_linear_argmax(nullptr, nullptr, 0, nullptr); return "gemma4_linear_argmax: ";
     default:
@@ -314,8 +317,8 @@ const char* call_wrongly(Call& call, std::mt19937& random, gemma4_status* status
 int fuzz(int count) {
   std::mt19937 random(7);
   for (int i = 0; i < count; ++i) {
-    const Shape shape{int64_t(2 + random() % 100), int64_t(32 * (2 + random() % 80)), int64_t(1 + random() % 16), int(random() % 2),
-                      random() % 2 ? GEMMA4_CENTRED : GEMMA4_OFFSETS, 0, 0};
+    const int64_t n = 2 + random() % 100, k = 32 * (2 + random() % 80), m = 1 + random() % 16;
+    const Shape shape{n, k, m, int(random() % 2), random() % 2 ? GEMMA4_CENTRED : GEMMA4_OFFSETS, 0, 0};
     Call call(shape, unsigned(i));
     gemma4_status status = GEMMA4_OK;
     std::string name = call_wrongly(call, random, &status);

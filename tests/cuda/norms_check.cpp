@@ -1,11 +1,11 @@
-// gemma4_sandwich_norm, gemma4_qkv_prologue and gemma4_k_eq_v_prologue on the emulator, called through the C interface, for builds that
-// no Python can load: the sanitizers'.
+// gemma4_sandwich_norm, gemma4_qkv_prologue and gemma4_k_eq_v_prologue on the emulator, called through the C interface, for
+// builds that no Python can load: the sanitizers'.
 //
 //   norms_check           calls of many shapes, each against the same operations one by one
 //   norms_check fuzz N    N calls with arguments out of order: a status and a message, and nothing written
 //
-// Every buffer is a heap block of exactly its size, so AddressSanitizer sees the first byte beyond. Inputs are small whole numbers,
-// whose squares sum exactly, so results must be equal to the bit.
+// Every buffer is a heap block of exactly its size, so AddressSanitizer sees the first byte beyond. Inputs are small whole
+// numbers, whose squares sum exactly, so results must be equal to the bit.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -28,7 +28,8 @@ float rounded(float value, int dtype) {
   return dtype == GEMMA4_FP16 ? emulator::fp16_to_float(emulator::float_to_fp16(value)) : value;
 }
 
-// A heap block of numbers of one type, each byte 0xFF (NaN) at first, its first number at a multiple of 16 bytes or `shift` behind.
+// A heap block of numbers of one type, each byte 0xFF (NaN) at first, its first number at a multiple of 16 bytes or `shift`
+// behind.
 struct Numbers {
   Numbers(int64_t count, int dtype, int64_t shift = 0) : dtype(dtype), shift(shift), bytes(size_t((count + shift) * bytes_of(dtype))) {
     void* aligned = std::aligned_alloc(16, std::max<size_t>(16, (bytes + 15) / 16 * 16));
@@ -93,7 +94,7 @@ std::vector<float> normed(const std::vector<float>& x, Numbers* weight, float ep
   return out;
 }
 
-// The norms between sublayers ------------------------------------------------------------------------------------------------------
+// The norms between sublayers -------------------------------------------------------------------------------------------------
 
 struct NormShape {
   int64_t m, n;
@@ -198,7 +199,7 @@ int check_norms() {
   return 0;
 }
 
-// The prologue ---------------------------------------------------------------------------------------------------------------------
+// The prologue ----------------------------------------------------------------------------------------------------------------
 
 struct PrologueShape {
   int64_t batch, rows, q_heads, kv_heads, head_dim;
@@ -365,7 +366,7 @@ int check_prologue() {
   return 0;
 }
 
-// Arguments out of order -----------------------------------------------------------------------------------------------------------
+// Arguments out of order ------------------------------------------------------------------------------------------------------
 
 template <class T>
 T one_of(std::mt19937& random, std::initializer_list<T> values) {

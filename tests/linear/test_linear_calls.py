@@ -75,6 +75,21 @@ def test_every_scheme_keeps_the_error_rule(scheme, dtype):
         assert_linear(drawn(rows, weight.shape[1], dtype=dtype), weight, bias)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_residual_is_added_in_fp32(dtype):
+    """Where PyTorch's own 4-bit product would round first, too."""
+    for weight in (random_weight("Q4_K"), for_int4("Q4_0")):
+        for rows in (1, 16, 40):
+            x, residual = (drawn(rows, size, dtype=dtype, seed=size) for size in (weight.shape[1], weight.shape[0]))
+            assert_linear(x, weight, residual=residual)
+            assert_linear(x, weight, drawn(weight.shape[0], seed=3).to(dtype), residual)
+    x = torch.zeros(2, 3, 320, dtype=dtype)
+    x[..., :2] = torch.tensor([256, 0.75])
+    ones = QuantizedWeight.quantize(torch.ones(64, 320), "Q4_0")
+    got = quantized_linear(x, ones, residual=torch.full((2, 1, 64), -256.0, dtype=dtype).expand(2, 3, 64))
+    assert torch.equal(got, torch.full((2, 3, 64), 0.75, dtype=dtype))
+
+
 @pytest.mark.parametrize("weight", INT4, ids=INT4_IDS)
 def test_torch_int4_makes_the_very_weights(weight):
     """Multiplied with a row of the identity it gives a column of the weight, rounded once for each product."""
@@ -107,7 +122,7 @@ def test_torch_int4_is_left_where_it_is_not_exact_or_slow():
     weight, x = for_int4("W4A16", torch.bfloat16), drawn(1, 320)
     assert eager_int4.refusal(x, weight) is None
     assert "float32" in eager_int4.refusal(x.float(), weight)
-    assert "bias" in eager_int4.refusal(x, weight, has_bias=True)
+    assert "bias" in eager_int4.refusal(x, weight, has_addend=True)
     assert "rows" in eager_int4.refusal(drawn(200, 320), weight)
     assert "exactly" in eager_int4.refusal(x, replace(weight, scales=drawn(80, 10, dtype=torch.float32)))
     nineteen_bits = torch.full((80, 10), 1 + 2**-9 + 2**-18)
@@ -273,6 +288,18 @@ BAD = {
     "a weight elsewhere": (DeviceError, "weight must be on cpu", lambda: quantized_linear(X, WEIGHT.to("meta"))),
     "a bias of another size": (ShapeError, r"bias must have shape \(70\)", lambda: quantized_linear(X, WEIGHT, X[0])),
     "a bias of integers": (DTypeError, "bias must be", lambda: quantized_linear(X, WEIGHT, torch.ones(70).int())),
+    "a residual of another size": (
+        ShapeError, r"residual must have shape \(3, 70\), got \(70\)", lambda: quantized_linear(X, WEIGHT, residual=X[0, :70])
+    ),
+    "a residual of another dtype": (
+        DTypeError, "residual must be bfloat16", lambda: quantized_linear(X, WEIGHT, residual=X[:, :70].float())
+    ),
+    "a residual with strides": (
+        StrideError, "residual must be dense", lambda: quantized_linear(X, WEIGHT, residual=drawn(70, 3).T)
+    ),
+    "a residual elsewhere": (
+        DeviceError, "residual must be on cpu", lambda: quantized_linear(X, WEIGHT, residual=X[:, :70].to("meta"))
+    ),
     "up of another shape": (
         ShapeError, r"up must have shape \(70, 160\)", lambda: quantized_geglu(X, WEIGHT, random_weight("Q4_0", (71, 160)))
     ),
@@ -304,7 +331,7 @@ def test_a_backend_asked_for_by_name_is_not_replaced():
     with use_backend("cuda"), pytest.raises(BackendError, match="runs on cuda, not on cpu"):
         quantized_linear(X, WEIGHT)
     with use_backend("cuda"), pytest.raises(BackendError, match="no kernel for this op"):
-        quantized_argmax(X, WEIGHT)
+        quantized_embedding(torch.tensor([1]), WEIGHT)
 
 
 def test_explain_says_which_kernel_of_torch():
@@ -321,8 +348,9 @@ def test_explain_says_which_kernel_of_torch():
 
 def calls():
     weight = ops.weight_arguments(WEIGHT)
-    yield "quantized_linear", (X, *weight, None)
-    yield "quantized_linear", (X.float(), *ops.weight_arguments(random_weight("Q4_1")), drawn(70))
+    yield "quantized_linear", (X, *weight, None, None)
+    yield "quantized_linear", (X.float(), *ops.weight_arguments(random_weight("Q4_1")), drawn(70), None)
+    yield "quantized_linear", (X, *weight, drawn(70), drawn(3, 70))
     yield "quantized_geglu", (X, *weight, *ops.weight_arguments(random_weight("NF4")))
     yield "quantized_argmax", (X, *weight)
     yield "quantized_embedding", (torch.tensor([1, 5]), *weight, torch.float16)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from linear_weights import random_weight
-from torch.nn.functional import linear
+from torch.nn.functional import gelu, linear
 
-from gemma4_kernels import quantized_linear, use_backend
+from gemma4_kernels import quantized_argmax, quantized_geglu, quantized_linear, use_backend
 from gemma4_kernels.bench.errors import judge
 from gemma4_kernels.linear import cuda
 
@@ -27,6 +27,23 @@ def test_values_and_row_bits(scheme, shape):
                 assert torch.equal(quantized_linear(x[first:last], weight), together[first:last])
         verdict = judge(together, linear(x.double(), dense.double()), linear(x, dense.to(dtype)))
         assert verdict.ok, str(verdict)
+
+
+@pytest.mark.parametrize("scheme", ["Q4_0", "Q4_K", "NF4"])
+def test_fused_forms(scheme):
+    gate, up = (random_weight(scheme, (15360, 3840), seed=seed).to("cuda") for seed in (0, 1))
+    x = torch.randn(16, 3840, generator=torch.Generator().manual_seed(1)).to("cuda", torch.bfloat16)
+    x, residual = x / 64, torch.randn(16, 15360, device="cuda", dtype=torch.bfloat16)
+    wide, plain = (
+        [linear(x.to(dtype), w.dequantize().to(dtype)) for w in (gate, up)] for dtype in (torch.double, x.dtype)
+    )
+    with use_backend("cuda"):
+        gated, added = quantized_geglu(x, gate, up), quantized_linear(x, gate, residual=residual)
+        assert torch.equal(quantized_argmax(x, gate), quantized_linear(x, gate).argmax(-1))
+        assert torch.equal(quantized_geglu(x[3:8], gate, up), gated[3:8])
+    expected, ordinary = (gelu(g, approximate="tanh") * u for g, u in (wide, plain))
+    assert (verdict := judge(gated, expected, ordinary)).ok, str(verdict)
+    assert (verdict := judge(added, wide[0] + residual.double(), plain[0] + residual)).ok, str(verdict)
 
 
 def test_a_captured_graph_and_another_stream():

@@ -173,9 +173,6 @@ def test_autocast_changes_nothing():
 def test_explain_knows_it():
     call = drawn(torch.bfloat16, 3, 40)
     assert explain("sandwich_norm", x=call.x, residual=call.residual, post_weight=call.post_weight).taken == "eager"
-    assert "only where asked for by name" in str(explain("sandwich_norm")) or "runs on cuda" in str(
-        explain("sandwich_norm")
-    )
     long = torch.zeros(1, MOST_NUMBERS + 1)
     said = str(explain("sandwich_norm", x=long, residual=long, post_weight=long[0]))
     assert "does not support rows of more than 16384 numbers" in said

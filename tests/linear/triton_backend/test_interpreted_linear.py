@@ -9,7 +9,7 @@ import torch
 from linear_weights import random_weight
 from torch.nn.functional import linear as dense_linear
 
-from gemma4_kernels import environment
+from gemma4_kernels import QuantizedWeight, environment
 from gemma4_kernels.bench.errors import judge
 from gemma4_kernels.linear.schemes import SCHEMES
 
@@ -26,10 +26,12 @@ def drawn(rows: int, columns: int, dtype: torch.dtype, seed: int = 1) -> torch.T
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def assert_product(weight, x, bias=None):
-    got = backend.quantized_linear(x, weight, bias)
+def assert_product(weight, x, bias=None, residual=None):
+    got = backend.quantized_linear(x, weight, bias, residual)
     exact = dense_linear(x.double(), weight.dequantize(torch.float32).double(), None if bias is None else bias.double())
     plain = dense_linear(x, weight.dequantize(x.dtype), bias)
+    if residual is not None:
+        exact, plain = exact + residual.double(), plain + residual
     assert got.dtype == x.dtype
     assert (verdict := judge(got, exact, plain)).ok, str(verdict)
 
@@ -66,6 +68,22 @@ def test_pieces_of_k():
     assert tables.splits(40, weight.shape[1], config, 28) == 4
     for rows in (1, 4):
         assert_product(weight, drawn(rows, weight.shape[1], torch.bfloat16), drawn(1, 40, torch.bfloat16)[0])
+
+
+@pytest.mark.parametrize("columns", [160, 128 * 35 + 32])
+def test_a_residual(columns):
+    """In one launch, after the pieces of K, and on a weight that is written out; its rows may lie apart."""
+    weight = random_weight("Q4_0", (40, columns))
+    ones = QuantizedWeight.quantize(torch.ones(40, columns), "Q4_0")
+    for dtype in DTYPES:
+        x = torch.zeros(1, columns, dtype=dtype)
+        x[:, :2] = torch.tensor([256, 0.75])  # a bf16 of their sum is 256 or 258
+        got = backend.quantized_linear(x, ones, None, torch.full((1, 40), -256.0, dtype=dtype))
+        assert torch.equal(got, torch.full((1, 40), 0.75, dtype=dtype))
+    for dtype in DTYPES[:2]:  # in fp32 it is the order of sums that is judged, elsewhere
+        for rows in (3, tables.dequantize_from_rows(40, columns, 28)) if columns == 160 else (3,):
+            residual = drawn(rows, 50, dtype, seed=2)[:, :40]
+            assert_product(weight, drawn(rows, columns, dtype), drawn(1, 40, dtype, seed=3)[0], residual)
 
 
 def test_one_binary_serves_1_to_16_rows():
