@@ -204,7 +204,7 @@ KNOWN: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Facts]], ...] = (
     (LINEAR, _linear_decode),
     (FLASH, _flash_decode),
     (K_EQ_V, _k_eq_v),
-    *((re.compile(pattern), _other(*rest)) for pattern, *rest in _OTHERS),
+    *((re.compile(pattern), _other(name, warps, shared)) for pattern, name, warps, shared in _OTHERS),
 )
 
 # Everything ----------------------------------------------------------------------------------------------------------
