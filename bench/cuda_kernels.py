@@ -136,7 +136,7 @@ _FLASH_SLOT_BYTES = 8192  # of keys, and of values, in csrc/attention/flash_deco
 _K_EQ_V_WARPS, _K_EQ_V_KEYS, _K_EQ_V_ROWS = 8, 32, 2 * ATTENTION_TILE_ROWS  # in k_eq_v.cuh
 FLASH = re.compile(r"flash_decode_kernelINS_3ptx4(?P<x>Bf16|Fp16)ELi(?P<dim>\d+)ELi(?P<tiles>\d)E")
 K_EQ_V = re.compile(
-    r"k_eq_v_kernelINS1_10(?P<cache>Plain|Coded)CacheINS_3ptx4(?P<x>Bf16|Fp16)E(?:NS1_\d(?P<codes>Float8|Int8)E)?"
+    r"k_eq_v_kernelINS1_10(?:Plain|Coded)CacheINS_3ptx4(?P<x>Bf16|Fp16)E(?:NS1_\d(?P<codes>Float8|Int8)E)?"
     r"Li\d+EEELi(?P<dim>\d+)E"
 )
 
