@@ -1,4 +1,4 @@
-"""Builds what is in this folder with ninja: the modules of the package, the C library, and the programs of the tests.
+"""Builds what is in this folder with ninja, or make: the modules of the package, the C library, and the programs of the tests.
 
     _C               the kernels for GPUs, by nvcc, with the bindings for Python
     _C_emulated      the same sources for the CPU, by g++: any machine with a C++ compiler
@@ -28,7 +28,8 @@ SOURCES = Path(__file__).resolve().parent
 ROOT = SOURCES.parent
 KERNELS = (
     "common/status.cu",
-    "linear/linear.cu", "linear/weight_checks.cu", "linear/pieces.cu", "linear/decode_bf16.cu", "linear/decode_fp16.cu",
+    "linear/embedding.cu", "linear/linear.cu", "linear/weight_checks.cu", "linear/pieces.cu",
+    "linear/decode_bf16.cu", "linear/decode_fp16.cu",
     "linear/decode_offsets_bf16.cu", "linear/decode_offsets_fp16.cu",
     "linear/decode_table_bf16.cu", "linear/decode_table_fp16.cu", "linear/decode_wide_bf16.cu", "linear/decode_wide_fp16.cu",
     "attention/combine.cu", "attention/flash.cu", "attention/flash_decode_bf16.cu", "attention/flash_decode_fp16.cu",
@@ -46,6 +47,7 @@ ARCHITECTURES = ("80", "86", "89", "90", "120")
 # The oldest machine code serves cards of its own major version only; newer ones (sm_100, and what comes) compile this PTX.
 PTX = "90"
 OLDEST_NVCC = (12, 8)  # the first that knows sm_120
+_NO_NINJA = "neither ninja nor make is installed"
 # "counted" is ThreadSanitizer's instrumentation with the functions of emulator/counts.cpp behind it.
 COUNTED = "counted"
 SANITIZERS = {"plain": (), "address": ("-fsanitize=address",), "thread": ("-fsanitize=thread",)}
@@ -73,11 +75,12 @@ class Compiler:
 
 @dataclass
 class Plan:
-    """A ninja file in the making. Several of one folder share the objects that are the same."""
+    """A ninja file in the making, and the same for make. Several of one folder share the objects that are the same."""
 
     folder: Path
     name: str
     lines: list[str] = field(default_factory=list)
+    rules: list[str] = field(default_factory=list)
     targets: list[Path] = field(default_factory=list)
     compiled: set[Path] = field(default_factory=set)
 
@@ -88,6 +91,10 @@ class Plan:
         if depfile:
             self.lines[-1] += f"\n  depfile = {_escaped(output)}.d\n  deps = gcc"
         self.lines.append(f"build {_escaped(output)}: {rule} {' '.join(map(_escaped, inputs))}")
+        needs = " ".join(map(_for_make, inputs))
+        self.rules.append(
+            f"{_for_make(output)}: {needs}\n\t@echo {output.name}\n\t@{words}\n-include {_for_make(output)}.d"
+        )
 
     def compile(self, source: str | Path, kind: str, command: Sequence[str | Path]) -> Path:
         """An object file of `source`; `kind` tells those of the same source apart."""
@@ -102,11 +109,17 @@ class Plan:
 
     def run(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        ninja = _ninja()
-        if ninja is None:
-            raise RuntimeError("ninja is not installed")
-        (self.folder / f"{self.name}.ninja").write_text("\n".join(self.lines) + "\n")
-        command = [*ninja, "-C", self.folder, "-f", f"{self.name}.ninja", *self.targets]
+        ninja, make = _ninja(), shutil.which("make")
+        if ninja is not None:
+            file = self.folder / f"{self.name}.ninja"
+            file.write_text("\n".join(self.lines) + "\n")
+            command = [*ninja, "-C", self.folder, "-f", file.name, *self.targets]
+        elif make is not None:
+            file = self.folder / f"{self.name}.make"
+            file.write_text("\n".join(self.rules) + "\n")
+            command = [make, f"-j{os.cpu_count()}", "-C", self.folder, "-f", file.name, *self.targets]
+        else:
+            raise RuntimeError(_NO_NINJA)
         subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr)
 
 
@@ -155,12 +168,22 @@ def obstacles() -> dict[str, str | None]:
 def _missing_for_bindings() -> str | None:
     if find_cxx() is None:
         return "no C++ compiler was found"
-    if importlib.util.find_spec("pybind11") is None:
-        return "pybind11 is not installed"
-    if _ninja() is None:
-        return "ninja is not installed"
+    if _pybind11() is None:
+        return "pybind11 is not installed, nor torch, which has its headers"
+    if _ninja() is None and shutil.which("make") is None:
+        return _NO_NINJA
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "Python's own headers (Python.h) are not installed"
+    return None
+
+
+def _pybind11() -> Path | None:
+    """The folder of its headers: its own, or, on a machine without a registry, torch's copy of them."""
+    for package in ("pybind11", "torch"):
+        spec = importlib.util.find_spec(package)
+        for place in (spec and spec.submodule_search_locations) or ():
+            if Path(place, "include", "pybind11", "pybind11.h").is_file():
+                return Path(place, "include")
     return None
 
 
@@ -203,9 +226,7 @@ def add_emulated(plan: Plan, build: str = "plain") -> list[Path]:
 
 
 def add_module(plan: Plan, name: str, objects: Sequence[Path], output: Path, link: Sequence[str | Path]) -> None:
-    import pybind11
-
-    include = [f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
+    include = [f"-I{folder}" for folder in (_pybind11(), sysconfig.get_path("include"))]
     command = [*_cache(), _cxx(), *_COMMON, "-O1", f"-DGEMMA4_MODULE={name}", *include]
     inputs = [*(plan.compile(source, f"bindings{name}", command) for source in BINDINGS), *objects]
     plan.edge(output, inputs, [*link, "-shared", *inputs, "-o", output])
@@ -318,8 +339,12 @@ def _escaped(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+def _for_make(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "\\ ")
+
+
 def _quoted(word: str) -> str:
-    """For the shell; `$$` is ninja's own dollar."""
+    """For the shell; `$$` is ninja's own dollar, and make's."""
     return word if re.fullmatch(r"[\w@%+=:,./\-]+", word) else "'" + word.replace("'", "'\\''") + "'"
 
 

@@ -42,6 +42,7 @@ from gemma4_kernels import (
 from gemma4_kernels.bench import cards, machine
 from gemma4_kernels.bench.errors import judge
 from gemma4_kernels.bench.linear_inputs import random_weight
+from gemma4_kernels.cuda_common import support as cuda_support
 from gemma4_kernels.geometry import AttentionGeometry, LayerKind, ModelGeometry
 from gemma4_kernels.op_support import DECODE_ROWS
 from gemma4_kernels.reference import ReferenceConfig, ReferenceModel, proportional_inv_freq
@@ -302,8 +303,18 @@ def calls_of(step: DecodeStep) -> Counter[str]:
     return recorder.seen
 
 
+def compiled_launches_of(step: DecodeStep) -> int | None:
+    """Kernels of a step that this package's compiled module launches, by its own count; None where there is no module."""
+    module = cuda_support.module_of(step.device)
+    if module is None:
+        return None
+    before = module.launches()
+    step.run()
+    return int(module.launches() - before)
+
+
 def launches_of(step: DecodeStep) -> int:
-    """Kernels of a step, as the device's profiler counts them."""
+    """All kernels of a step, as the device's profiler counts them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step.run()
         torch.cuda.synchronize()
@@ -374,8 +385,11 @@ def main() -> int:
     print(f"  bytes      {weights / 1e9:.2f} GB of weights, {caches / 1e9:.3f} GB of keys and values")
     counted = ", ".join(f"{count} {name}" for name, count in calls_of(step).most_common())
     print(f"  calls      {counted}")
-    if on_gpu:
-        print(f"  launches   {launches_of(step)}")
+    compiled = compiled_launches_of(step)
+    parts = [f"{launches_of(step)} in all"] if on_gpu else []
+    parts += [f"{compiled} of compiled kernels"] if compiled is not None else []
+    if parts:
+        print(f"  launches   {', '.join(parts)}")
     for op, shape_class, backend in backends.served():
         print(f"  served     {op} ({shape_class}): {backend}")
     seconds, how = seconds_of(step, arguments.repeats if on_gpu else 3)

@@ -73,6 +73,8 @@ class Implementation:
     """Says why it cannot serve a call, where the fields above do not tell, or None."""
     only_by_name: Callable[[Call], str | None] = field(default=lambda call: None, compare=False)
     """Says why it is passed over unless it is asked for by name, or None."""
+    serves: str = ""
+    """Which calls of the op, where `refuses` leaves few: for `explain` of calls of no particular shape, and so for `info`."""
 
     def refusal(self, call: Call) -> str | None:
         """Why this implementation cannot serve the call; None if it can."""
@@ -255,7 +257,10 @@ def _survey(call: Call, requested: str | None) -> Explanation:
         else:
             choices.append(Choice(backend, True, "asked for by name" if requested else "first in order that can"))
             taken = True
-        if refusal is None and (note := dict(call.notes).get(backend)):
+        note = dict(call.notes).get(backend)
+        if note is None and implementation is not None and call.shape_class == "any":
+            note = implementation.serves
+        if refusal is None and note:
             choices[-1] = replace(choices[-1], reason=f"{choices[-1].reason}: {note}")
     return Explanation(call, tuple(choices))
 

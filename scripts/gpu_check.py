@@ -24,16 +24,36 @@ ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "build" / "gpu-check"
 COMMAND = [sys.executable, "-m", "gemma4_kernels"]
 
-# Short: the sanitizers slow a kernel down by two or three orders of magnitude. One case of each op and kind of layer.
+# Short: the sanitizers slow a kernel down by two or three orders of magnitude. A case of each op, kind of layer and layout of
+# codes, some long enough for several blocks to share a row; all but the first go to the compiled kernels too.
 SANITIZED = (
     "flash_attn_func(sq=33,sk=65,hq=4,hkv=2,scale=0.0625)",
     "flash_attn_func(sq=5,sk=70,hq=4,hkv=2,left=31,right=0)",
-    "k_eq_v_attention(sq=5,sk=65,hkv=1,d=512)",
+    "flash_attn_func(sq=16,sk=300,hq=4,hkv=2,right=0)",
     "flash_attn_varlen_func(hq=4,hkv=2,left=31,right=0,lengths=1:1+7:7+5:40,page=16)",
     "flash_attn_with_kvcache(sq=5,hq=4,hkv=2,left=31,right=0,lengths=5+7+40,page=16,new=5)",
+    "k_eq_v_attention(sq=5,sk=65,hkv=1,d=512)",
+    "k_eq_v_attention(sq=5,hkv=1,d=512,lengths=5+7+300,page=16)",
+    "k_eq_v_attention(sq=5,hkv=1,d=512,lengths=5+7+130,page=16,cache=fp8)",
+    "k_eq_v_attention(sk=130,hkv=1,d=512,cache=int8)",
     "quantized_linear(m=5,n=70,k=416)",
     "quantized_linear(m=16,n=70,k=768,scheme=Q4_K)",
+    "quantized_linear(m=5,n=70,k=768,scheme=Q5_K)",
+    "quantized_linear(n=70,k=768,scheme=Q6_K)",
+    "quantized_linear(m=16,n=70,k=416,scheme=Q8_0)",
+    "quantized_linear(m=5,n=70,k=512,scheme=NF4)",
+    "quantized_geglu(m=5,n=70,k=416)",
+    "quantized_argmax(m=5,n=999,k=416)",
+    "sandwich_norm(m=5,n=3840,scalar=1)",
+    "verify_drafts(b=3,v=1003,temperature=0.0)",
+    "verify_drafts(b=2,v=5003,top_k=64,top_p=0.95)",
+    "verify_drafts(b=2,v=1003,top_k=64,method=rejection,acceptance=0.9)",
+    "verify_drafts(b=2,v=1003,min_p=0.05,method=block,acceptance=0.9)",
+    "sample_tokens(b=2,v=5003,top_p=0.9)",
 )
+# What stands in front of attention changes caches and has no cases: its tests run under the sanitizers instead. Not those that
+# capture a graph, during which no memory can be allocated without torch's pool.
+SANITIZED_TESTS = ROOT / "tests" / "attention" / "test_prologue_cuda_gpu.py"
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 
 
@@ -60,7 +80,10 @@ class Outcome:
 
 def stages(device: str, record: Path) -> list[Stage]:
     only = [part for case in SANITIZED for part in ("--only", case)]
+    kernels = ["--backend", "cuda", "--backend", "triton"]
     validate = [*COMMAND, "validate", "--device", device]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+    tests = [*pytest, "-k", "not graph", str(SANITIZED_TESTS)]
     pip = [
         sys.executable,
         "-m",
@@ -77,11 +100,18 @@ def stages(device: str, record: Path) -> list[Stage]:
         Stage("device", [[sys.executable, "-c", f"import torch; print(torch.__version__); {no_gpu}"]],
             what_exit_codes_mean={1: "torch is missing or sees no GPU"},
         ),
-        Stage("install and build", [pip], skip=_installed_from_here),
+        # Without modules, which are built next: whatever stops a compiler, Triton's and PyTorch's kernels are still checked.
+        Stage(
+            "install", [pip], environment={"GEMMA4_CUDA": "0", "GEMMA4_EMULATOR": "0"}, skip=_installed_from_here
+        ),
+        Stage(
+            "compiled kernels", [[sys.executable, str(ROOT / "scripts" / "gpu_modules.py"), device]],
+            what_exit_codes_mean={1: "no compiled kernels for this card; what follows checks Triton's and PyTorch's"},
+        ),
         Stage("info", [[*COMMAND, "info"]]),
         Stage(
             "gpu tests",
-            [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors", str(ROOT / "tests")]],
+            [[*pytest, "--continue-on-collection-errors", str(ROOT / "tests")]],
             what_exit_codes_mean={1: "a test failed, or pytest is missing", 2: "collection failed", 5: "no test is marked gpu"},
         ),
         Stage(
@@ -91,13 +121,15 @@ def stages(device: str, record: Path) -> list[Stage]:
         Stage(
             "compute-sanitizer",
             [
-                ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *validate, *only]
+                ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *checked]
+                for checked in ([*validate, *kernels, *only], tests)
                 for tool in SANITIZERS
             ],
             tool="compute-sanitizer",
             # torch's own pool would hide a read beyond one tensor that lands in the next.
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            what_exit_codes_mean={99: "the sanitizer found an error", 1: "a kernel breaks the rule", 3: "nothing was checked"},
+            what_exit_codes_mean={99: "the sanitizer found an error", 1: "a kernel breaks the rule, or a test failed",
+                                  3: "nothing was checked"},
         ),
         Stage(
             "bench", [[*COMMAND, "bench", "--device", device, "--save", str(record)]],
@@ -159,11 +191,11 @@ def _card() -> str:
 
 
 def _installed_from_here() -> str | None:
-    """A compiled module has to be built again each time; without one, an editable install of this checkout is up to date."""
+    """An editable install of this checkout is up to date."""
     code = "import gemma4_kernels, gemma4_kernels.bench; print(gemma4_kernels.__file__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/")
     here = done.returncode == 0 and Path(done.stdout.strip()).resolve().is_relative_to(ROOT)
-    return "this checkout is installed already" if here and not (ROOT / "csrc").exists() else None
+    return "this checkout is installed already" if here else None
 
 
 def _run_into(command: Sequence[str], environment: dict[str, str], write: Callable[[str], object]) -> int:

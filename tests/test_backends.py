@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,6 +139,14 @@ def test_explain_takes_needs_instead_of_tensors():
     )
     assert explanation.taken == "triton"
     assert "sm_86" in str(explanation)
+
+
+def test_what_is_served_is_said_where_a_call_has_no_shape():
+    real = backends._implementations["flash_attn", "cuda"]
+    with standing_in(replace(real, refuses=lambda call: None, only_by_name=lambda call: None)):
+        said = str(explain("flash_attn_func", dtype=torch.bfloat16))
+        assert "-> cuda    first in order that can: up to 16 rows of head_dim 64, 128, 256" in said
+        assert "up to 16 rows" not in str(explain("flash_attn_func", **dict(zip("qkv", qkv(), strict=True))))
 
 
 def test_explain_takes_the_device_type_for_the_architecture():

@@ -9,12 +9,15 @@
 // turns the pairs (d, d + D / 2), so a lane holds eight neighbours of the lower half of a head and the same eight of the upper:
 // no pair is split, and a 16-bit head is read and written 16 bytes at a time.
 //
+// A cache of values alone may have 8 bits: the value, rounded as it would be without, is divided by a scale and becomes a code.
+//
 // A norm is rounded once; of a rotation each product and the sum are. Order of a sum of squares: a lane's lower eight, its
 // upper eight, lanes in pairs. It depends on head_dim only, so a row's bits do not depend on the others.
 #include <cmath>
 
 #include "../common/checks.h"
 #include "../common/rms_norm.cuh"
+#include "value_codes.cuh"
 
 namespace gemma4::prologue {
 namespace {
@@ -38,11 +41,12 @@ struct Parameters {
   const void *q_weight, *k_weight, *cos, *sin;
   int64_t cos_batch_stride, cos_row_stride, sin_batch_stride, sin_row_stride;
   void* out;
-  Cache k_cache, v_cache;
+  Cache k_cache, v_cache, v_scale;
   const void *lengths, *block_table;
   int64_t entries, entry_rows, table_stride, table_columns;
   int rows, q_heads, kv_heads, head_dim;
   int q_weight_dtype, k_weight_dtype;
+  int codes;  // gemma4_codes
   int lengths_are_64_bit, block_table_is_64_bit;
   float eps;
   bool whole;  // every half of a head may be taken 16 bytes at a time
@@ -131,15 +135,26 @@ __device__ __forceinline__ const void* head_of(const Heads& heads, int64_t reque
          head * heads.head_stride;
 }
 
-// Where a head goes: into the query that is returned, or into a cache; null where it has no place.
+// Where a head goes: into the query that is returned, or into a cache; null where it has no place. With codes, its scale.
+struct Target {
+  void* head;
+  float* scale;
+};
+
+__device__ __forceinline__ int64_t offset_in(const Cache& cache, const Place& place, int head) {
+  return place.entry * cache.entry_stride + place.row * cache.row_stride + head * cache.head_stride;
+}
+
 template <class Type>
-__device__ __forceinline__ void* target_of(const Parameters& p, const Task& task, int64_t token, int64_t request, int row) {
-  if (task.kind == kQuery) return static_cast<Bits<Type>*>(p.out) + (token * p.q_heads + task.head) * p.head_dim;
+__device__ __forceinline__ Target target_of(const Parameters& p, const Task& task, int64_t token, int64_t request, int row) {
+  if (task.kind == kQuery) return {static_cast<Bits<Type>*>(p.out) + (token * p.q_heads + task.head) * p.head_dim, nullptr};
   const Place place = place_of(p, request, row);
-  if (place.entry < 0) return nullptr;
+  if (place.entry < 0) return {nullptr, nullptr};
   const Cache& cache = task.kind == kKey ? p.k_cache : p.v_cache;
-  return static_cast<Bits<Type>*>(cache.data) + place.entry * cache.entry_stride + place.row * cache.row_stride +
-         task.head * cache.head_stride;
+  const int64_t offset = offset_in(cache, place, task.head);
+  if (p.codes == GEMMA4_CODES_NONE) return {static_cast<Bits<Type>*>(cache.data) + offset, nullptr};
+  return {static_cast<unsigned char*>(cache.data) + offset,
+          static_cast<float*>(p.v_scale.data) + offset_in(p.v_scale, place, task.head)};
 }
 
 // A row of a table that is wanted after the sum, for which all lanes wait, is sent for before it.
@@ -163,9 +178,15 @@ __global__ void __launch_bounds__(kThreads) prologue_kernel(const Parameters p) 
   const auto* sin = static_cast<const Bits<Type>*>(p.sin) + request * p.sin_batch_stride + row * p.sin_row_stride;
   const bool turns = task.kind == kQuery || task.kind == kKey;
   if (turns) send_ahead(cos, first, half), send_ahead(sin, first, half);
-  void* to = task.kind == kNothing ? nullptr : target_of<Type>(p, task, token, request, row);
+  const Target to = task.kind == kNothing ? Target{nullptr, nullptr} : target_of<Type>(p, task, token, request, row);
   const float inverse = inverse_rms(sum_of_lanes<LANES>(add_squares(add_squares(0, x.low), x.high)), p.head_dim, p.eps);
-  if (to == nullptr || first >= half) return;
+  // Roundings keep the order of numbers, so the largest after the norm is the largest before it. A NaN or infinity among them
+  // is not looked for: with it the product is NaN.
+  const float largest =
+      p.codes == GEMMA4_CODES_INT8
+          ? rounded<Type>(__fmul_rn(largest_of_lanes<LANES>(fmaxf(largest_of(x.low), largest_of(x.high))), inverse))
+          : 0;
+  if (to.head == nullptr || first >= half) return;
 
   Halves weight;
 #pragma unroll
@@ -175,7 +196,16 @@ __global__ void __launch_bounds__(kThreads) prologue_kernel(const Parameters p) 
   scale_eight<Type>(x.low, inverse, weight.low);
   scale_eight<Type>(x.high, inverse, weight.high);
   if (turns) rotate<Type>(x, load_halves<Type>(cos, first, half, p.whole), load_halves<Type>(sin, first, half, p.whole));
-  store_halves<Type>(to, x, first, half, p.whole);
+  if (task.kind == kValue && p.codes != GEMMA4_CODES_NONE) {
+    const bool is_int8 = p.codes == GEMMA4_CODES_INT8;
+    const float scale = is_int8 ? int8_scale(largest) : *to.scale;
+    if (is_int8 && first == 0) *to.scale = scale;
+    auto* codes = static_cast<unsigned char*>(to.head);
+    store_codes(codes, codes_of<Type>(x.low, scale, is_int8), first, half, p.whole);
+    store_codes(codes + half, codes_of<Type>(x.high, scale, is_int8), first, half, p.whole);
+    return;
+  }
+  store_halves<Type>(to.head, x, first, half, p.whole);
 }
 
 // The C interface -------------------------------------------------------------------------------------------------------------
@@ -193,8 +223,8 @@ struct Arguments {
   bool whole;
 
   // A tensor that must be there, dense in its last dim. Strides of dims of one size mean nothing, and may be anything.
-  gemma4_status tensor(const char* name, const void* data, int dtype, std::initializer_list<Dim> dims) {
-    if (auto status = checks.pointer(name, data, uintptr_t(bytes_of(dtype)))) return status;
+  gemma4_status tensor(const char* name, const void* data, int element_bytes, std::initializer_list<Dim> dims) {
+    if (auto status = checks.pointer(name, data, uintptr_t(element_bytes))) return status;
     whole = whole && is_aligned(data, 16);
     int64_t room = kMostElements;
     for (const Dim& dim : dims) {
@@ -204,23 +234,37 @@ struct Arguments {
                               number(dim.stride) + " for a dim of " + number(dim.size));
       }
       room -= dim.stride * (dim.size - 1);
-      whole = whole && dim.stride * bytes_of(dtype) % 16 == 0;
+      whole = whole && dim.stride * element_bytes % 16 == 0;
     }
     return GEMMA4_OK;
   }
 
   gemma4_status heads(const char* name, const gemma4_prologue_heads& h, int64_t count) {
-    return tensor(name, h.data, a.dtype, {{a.batch, h.batch_stride}, {a.rows, h.row_stride}, {count, h.head_stride}});
+    return tensor(name, h.data, bytes_of(a.dtype), {{a.batch, h.batch_stride}, {a.rows, h.row_stride}, {count, h.head_stride}});
   }
 
-  gemma4_status cache(const char* name, const gemma4_prologue_cache& c) {
-    return tensor(name, c.data, a.dtype,
+  gemma4_status cache(const char* name, const gemma4_prologue_cache& c, int element_bytes) {
+    return tensor(name, c.data, element_bytes,
                   {{a.entries, c.entry_stride}, {a.entry_rows, c.row_stride}, {a.kv_heads, c.head_stride}});
   }
 
   gemma4_status weight(const char* name, const void* data, int dtype) {
     if (!is_dtype(dtype)) return checks.invalid(std::string(name) + "_dtype " + number(dtype) + " is no gemma4_dtype");
-    return tensor(name, data, dtype, {});
+    return tensor(name, data, bytes_of(dtype), {});
+  }
+
+  // What makes codes of values, if anything does. One number is read at a time, so `whole` has nothing to do with it.
+  gemma4_status scale(bool has_keys) {
+    if (a.codes < GEMMA4_CODES_NONE || a.codes > GEMMA4_CODES_INT8) {
+      return checks.invalid("codes " + number(a.codes) + " is no gemma4_codes");
+    }
+    if (a.codes == GEMMA4_CODES_NONE) {
+      return a.v_scale.data == nullptr ? GEMMA4_OK : checks.invalid("v_scale must be null without codes");
+    }
+    if (has_keys) return checks.unsupported("codes go with values alone");
+    Arguments apart = *this;
+    if (a.codes == GEMMA4_CODES_INT8) return apart.cache("v_scale", a.v_scale, 4);
+    return apart.tensor("v_scale", a.v_scale.data, 4, {{a.kv_heads, a.v_scale.head_stride}});
   }
 
   gemma4_status size(const char* name, int64_t value, int64_t least, int64_t most) const {
@@ -261,16 +305,17 @@ struct Arguments {
   }
 
   gemma4_status tensors(bool has_keys) {
+    const int bytes = bytes_of(a.dtype);
     if (auto status = heads("q", a.q, a.q_heads)) return status;
     if (auto status = heads("v", a.v, a.kv_heads)) return status;
-    if (auto status = cache("v_cache", a.v_cache)) return status;
+    if (auto status = cache("v_cache", a.v_cache, a.codes == GEMMA4_CODES_NONE ? bytes : 1)) return status;
     if (auto status = weight("q_weight", a.q_weight, a.q_weight_dtype)) return status;
-    if (auto status = tensor("cos", a.cos, a.dtype, {{a.batch, a.cos_batch_stride}, {a.rows, a.cos_row_stride}})) return status;
-    if (auto status = tensor("sin", a.sin, a.dtype, {{a.batch, a.sin_batch_stride}, {a.rows, a.sin_row_stride}})) return status;
-    if (auto status = tensor("out", a.out, a.dtype, {})) return status;
+    if (auto status = tensor("cos", a.cos, bytes, {{a.batch, a.cos_batch_stride}, {a.rows, a.cos_row_stride}})) return status;
+    if (auto status = tensor("sin", a.sin, bytes, {{a.batch, a.sin_batch_stride}, {a.rows, a.sin_row_stride}})) return status;
+    if (auto status = tensor("out", a.out, bytes, {})) return status;
     if (!has_keys) return GEMMA4_OK;
     if (auto status = heads("k", a.k, a.kv_heads)) return status;
-    if (auto status = cache("k_cache", a.k_cache)) return status;
+    if (auto status = cache("k_cache", a.k_cache, bytes)) return status;
     return weight("k_weight", a.k_weight, a.k_weight_dtype);
   }
 };
@@ -287,6 +332,8 @@ Parameters parameters_of(const gemma4_prologue_arguments& a, bool whole) {
   p.sin_batch_stride = a.sin_batch_stride, p.sin_row_stride = a.sin_row_stride;
   p.out = a.out;
   p.k_cache = cache_of(a.k_cache), p.v_cache = cache_of(a.v_cache);
+  p.codes = a.codes, p.v_scale = cache_of(a.v_scale);
+  if (a.codes == GEMMA4_CODES_FLOAT8) p.v_scale.entry_stride = p.v_scale.row_stride = 0;
   p.lengths = a.lengths, p.block_table = a.block_table;
   p.lengths_are_64_bit = a.lengths_are_64_bit, p.block_table_is_64_bit = a.block_table_is_64_bit;
   p.entries = a.entries, p.entry_rows = a.entry_rows;
@@ -321,6 +368,7 @@ gemma4_status run(const char* function, const gemma4_prologue_arguments* argumen
   }
   if (a.batch * a.rows == 0) return GEMMA4_OK;
   if (auto status = checked.places()) return status;
+  if (auto status = checked.scale(has_keys)) return status;
   if (auto status = checked.tensors(has_keys)) return status;
   const Parameters p = parameters_of(a, checked.whole);
   auto launch_dtype = launch_type<Fp32>;

@@ -73,6 +73,20 @@ gemma4_linear_argmax_arguments argmax_arguments(const gemma4_weight& weight, uin
   return a;
 }
 
+gemma4_embedding_arguments embedding_arguments(const gemma4_weight& weight, uintptr_t ids, bool ids_are_64_bit, int64_t m,
+                                               uintptr_t columns, uintptr_t out, int64_t out_stride, int32_t dtype) {
+  gemma4_embedding_arguments a{};
+  a.weight = weight;
+  a.ids = pointer(ids);
+  a.ids_are_64_bit = ids_are_64_bit;
+  a.m = m;
+  a.columns = static_cast<const int32_t*>(pointer(columns));
+  a.out = writable(out);
+  a.out_stride = out_stride;
+  a.dtype = dtype;
+  return a;
+}
+
 }  // namespace
 
 void define_linear(py::module_& module) {
@@ -92,9 +106,13 @@ void define_linear(py::module_& module) {
   py::class_<gemma4_linear_argmax_arguments>(module, "LinearArgmaxArguments", py::module_local())
       .def(py::init(&argmax_arguments), py::kw_only(), py::arg("weight"), py::arg("x"), py::arg("x_stride"), py::arg("m"),
            py::arg("dtype"), py::arg("pieces"), py::arg("indices"));
+  py::class_<gemma4_embedding_arguments>(module, "EmbeddingArguments", py::module_local())
+      .def(py::init(&embedding_arguments), py::kw_only(), py::arg("weight"), py::arg("ids"), py::arg("ids_are_64_bit"),
+           py::arg("m"), py::arg("columns"), py::arg("out"), py::arg("out_stride"), py::arg("dtype"));
   define_call(module, "linear", &gemma4_linear_workspace, &gemma4_linear);
   define_call(module, "linear_geglu", &gemma4_linear_geglu_workspace, &gemma4_linear_geglu);
   define_call(module, "linear_argmax", &gemma4_linear_argmax_workspace, &gemma4_linear_argmax);
+  define_call(module, "embedding", &gemma4_embedding);
 }
 
 }  // namespace gemma4::bindings

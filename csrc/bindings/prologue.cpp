@@ -18,7 +18,8 @@ gemma4_prologue_arguments prologue_arguments(
     int32_t q_weight_dtype, uintptr_t k_weight, int32_t k_weight_dtype, uintptr_t cos, const std::array<int64_t, 2>& cos_strides,
     uintptr_t sin, const std::array<int64_t, 2>& sin_strides, uintptr_t out, uintptr_t k_cache, const Strides& k_cache_strides,
     uintptr_t v_cache, const Strides& v_cache_strides, int64_t entries, int64_t entry_rows, uintptr_t lengths,
-    bool lengths_are_64_bit, uintptr_t block_table, bool block_table_is_64_bit, int64_t table_stride, int64_t table_columns) {
+    bool lengths_are_64_bit, uintptr_t block_table, bool block_table_is_64_bit, int64_t table_stride, int64_t table_columns,
+    int32_t codes, uintptr_t v_scale, const Strides& v_scale_strides) {
   gemma4_prologue_arguments a{};
   a.batch = batch;
   a.rows = rows;
@@ -51,6 +52,8 @@ gemma4_prologue_arguments prologue_arguments(
   a.q_weight_dtype = q_weight_dtype;
   a.k_weight_dtype = k_weight_dtype;
   a.eps = eps;
+  a.codes = codes;
+  a.v_scale = cache(v_scale, v_scale_strides);
   return a;
 }
 
@@ -64,7 +67,8 @@ void define_prologue(py::module_& module) {
            py::arg("k_weight"), py::arg("k_weight_dtype"), py::arg("cos"), py::arg("cos_strides"), py::arg("sin"),
            py::arg("sin_strides"), py::arg("out"), py::arg("k_cache"), py::arg("k_cache_strides"), py::arg("v_cache"),
            py::arg("v_cache_strides"), py::arg("entries"), py::arg("entry_rows"), py::arg("lengths"), py::arg("lengths_are_64_bit"),
-           py::arg("block_table"), py::arg("block_table_is_64_bit"), py::arg("table_stride"), py::arg("table_columns"));
+           py::arg("block_table"), py::arg("block_table_is_64_bit"), py::arg("table_stride"), py::arg("table_columns"),
+           py::arg("codes"), py::arg("v_scale"), py::arg("v_scale_strides"));
   define_call(module, "qkv_prologue", &gemma4_qkv_prologue);
   define_call(module, "k_eq_v_prologue", &gemma4_k_eq_v_prologue);
 }

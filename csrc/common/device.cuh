@@ -21,6 +21,9 @@ namespace gemma4 {
 constexpr size_t kPlainSharedBytes = 48 * 1024;
 constexpr size_t kMostSharedBytes = 101376;
 
+// Adds one to what gemma4_launches says.
+void count_launch();
+
 // What went wrong, or "". Does not wait for the kernel. `kernel` is a pointer to a __global__ function, in both worlds.
 template <class... Parameters, class... Arguments>
 std::string launch(void (*kernel)(Parameters...), unsigned grid_x, unsigned grid_y, unsigned threads, size_t shared_bytes,
@@ -29,6 +32,7 @@ std::string launch(void (*kernel)(Parameters...), unsigned grid_x, unsigned grid
   (void)stream;
   // Reading a kernel's parameters is nothing that it does to memory.
   const auto body = [&]() GEMMA4_UNCOUNTED { kernel(arguments...); };
+  count_launch();
   return emulator::launch(body, {grid_x, grid_y, 1}, {threads, 1, 1}, shared_bytes, reinterpret_cast<const void*>(kernel));
 #else
   if (shared_bytes > kPlainSharedBytes) {
@@ -37,6 +41,7 @@ std::string launch(void (*kernel)(Parameters...), unsigned grid_x, unsigned grid
   }
   kernel<<<dim3(grid_x, grid_y), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   const auto error = cudaGetLastError();
+  if (error == cudaSuccess) count_launch();
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 #endif
 }

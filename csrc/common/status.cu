@@ -5,7 +5,10 @@
 namespace gemma4 {
 namespace {
 thread_local std::string last_error;
-}
+thread_local uint64_t launches = 0;
+}  // namespace
+
+void count_launch() { ++launches; }
 
 gemma4_status fail(gemma4_status status, const std::string& sentence) {
   last_error = sentence;
@@ -19,6 +22,8 @@ extern "C" {
 int32_t gemma4_abi_version(void) { return GEMMA4_ABI_VERSION; }
 
 const char* gemma4_last_error(void) { return gemma4::last_error.c_str(); }
+
+uint64_t gemma4_launches(void) { return gemma4::launches; }
 
 const char* gemma4_architectures(void) { return GEMMA4_ARCHITECTURES; }
 

@@ -97,7 +97,13 @@ inline T __ldg(const T* address) {
 // Relaxed, as on the device: order comes from barriers and fences. One block runs at a time, so a fence between blocks has
 // nothing to do.
 template <class Integer>
-inline Integer atomicAdd(Integer* address, Integer value) {
+GEMMA4_UNCOUNTED inline Integer atomicAdd(Integer* address, Integer value) {
+#if defined(GEMMA4_COUNTED)  // which has no atomics of its own, and counts none
+  const Integer before = *address;
+  *address = before + value;
+  return before;
+#else
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+#endif
 }
 inline void __threadfence() {}

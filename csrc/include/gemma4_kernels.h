@@ -132,6 +132,18 @@ typedef struct gemma4_linear_argmax_arguments {
   int32_t pieces;
 } gemma4_linear_argmax_arguments;
 
+/* out (m, k): row ids[i] of the weight, dequantised in fp32 and rounded once; NaN for an id that is no row. */
+typedef struct gemma4_embedding_arguments {
+  gemma4_weight weight;
+  int64_t m;
+  int64_t out_stride;     /* elements from row to row of out; at least k */
+  const void* ids;        /* (m) int32 or int64, on the device */
+  const int32_t* columns; /* (k): stored column j goes to column columns[j] of out, if that is one; or null: to j */
+  void* out;              /* aligned to its elements, dense rows */
+  int32_t ids_are_64_bit;
+  int32_t dtype;          /* of out: gemma4_dtype */
+} gemma4_embedding_arguments;
+
 /* Attention ------------------------------------------------------------------------------------------------------------- */
 
 /* Whose rows and keys are whose. Numbers behind pointers lie on the device: kernels hold each within what exists, and read no
@@ -273,7 +285,12 @@ typedef struct gemma4_prologue_cache {
  * A norm is over head_dim, in fp32, and rounded once. rope(x) is x * cos + rotate_half(x) * sin with rotate_half((a, b)) = (-b, a),
  * each of its three operations rounded to dtype. Row i of a request goes to row lengths[request] + i of its cache, which is entry
  * `request`, or the pages that its row of the block table names. Lengths and pages are looked at on the device: a row for which there
- * is no place is left out. Two rows for one place leave either of them there. */
+ * is no place is left out. Two rows for one place leave either of them there.
+ *
+ * With codes, which go with values alone, v_cache holds 8 bits a number. Of a value x, rounded to dtype,
+ *   float8   x / v_scale of its head, to nearest, what lies beyond the range as its largest number
+ *   int8     x / s, to nearest, where s, written to v_scale, is the largest magnitude of the row and head / 127; a NaN or
+ *            infinity among them makes s NaN */
 typedef struct gemma4_prologue_arguments {
   int64_t batch;
   int64_t rows; /* of each request */
@@ -306,6 +323,8 @@ typedef struct gemma4_prologue_arguments {
   int32_t q_weight_dtype;
   int32_t k_weight_dtype;
   float eps;
+  int32_t codes;                 /* gemma4_codes, of v_cache */
+  gemma4_prologue_cache v_scale; /* float; of float8 (kv_heads), read; of int8 (entries, entry_rows, kv_heads); else null */
 } gemma4_prologue_arguments;
 
 GEMMA4_API gemma4_status gemma4_qkv_prologue(const gemma4_prologue_arguments* arguments, gemma4_stream stream);
@@ -324,6 +343,9 @@ GEMMA4_API const char* gemma4_last_error(void);
 /* The architectures that there is machine code for, "80 86 89 90 120"; newer ones are compiled from PTX by the driver. */
 GEMMA4_API const char* gemma4_architectures(void);
 
+/* Kernels that the calling thread has launched through this library. */
+GEMMA4_API uint64_t gemma4_launches(void);
+
 /* GEMMA4_CUDA_ERROR if there is no driver, or one older than the CUDA release that this library was built with. */
 GEMMA4_API gemma4_status gemma4_check_driver(void);
 
@@ -340,6 +362,8 @@ GEMMA4_API gemma4_status gemma4_linear_geglu(const gemma4_linear_geglu_arguments
 GEMMA4_API gemma4_status gemma4_linear_argmax_workspace(const gemma4_linear_argmax_arguments* arguments, size_t* bytes);
 GEMMA4_API gemma4_status gemma4_linear_argmax(const gemma4_linear_argmax_arguments* arguments, void* workspace,
                                               size_t workspace_bytes, gemma4_stream stream);
+
+GEMMA4_API gemma4_status gemma4_embedding(const gemma4_embedding_arguments* arguments, gemma4_stream stream);
 
 /* Verification ------------------------------------------------------------------------------------------------------ */
 

@@ -25,15 +25,17 @@ CODES = {"float8_values": 1, "int8_values": 2}  # gemma4_codes of a feature
 _ALIGNMENT = 16  # bytes: the copies of a kernel
 
 
+def head_dims(op: str) -> tuple[int, ...]:
+    return K_EQ_V_HEAD_DIMS if op == "k_eq_v_attention" else FLASH_HEAD_DIMS
+
+
 def refuses(call: Call) -> str | None:
     """Why the kernels cannot serve a call, or None."""
     if reason := support.refuses(call):
         return reason
     if call.shape_class.startswith("prefill"):
         return f"goes to {DECODE_ROWS} rows"
-    served: tuple[int, ...] = FLASH_HEAD_DIMS
-    if call.op == "k_eq_v_attention":
-        served = CODED_HEAD_DIMS if call.features & CODES.keys() else K_EQ_V_HEAD_DIMS
+    served = CODED_HEAD_DIMS if call.features & CODES.keys() else head_dims(call.op)
     if call.head_dim and call.head_dim not in served:  # `info` asks for none in particular
         return f"has head_dim {', '.join(map(str, served))}, the call has {call.head_dim}"
     return None

@@ -294,5 +294,6 @@ for _op in ("flash_attn", "flash_attn_varlen", "flash_attn_kvcache", "k_eq_v_att
             features=cuda.FEATURES | (cuda.CODES.keys() if _op == "k_eq_v_attention" else frozenset()),
             refuses=cuda.refuses,
             only_by_name=cuda_support.only_by_name,
+            serves=f"up to {DECODE_ROWS} rows of head_dim {', '.join(map(str, cuda.head_dims(_op)))}",
         )
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels import backends, checks
-from gemma4_kernels.attention import value_codes
+from gemma4_kernels.attention import cuda, value_codes
 from gemma4_kernels.attention.ops import MAX_HEAD_DIM, _call, _capacity
 from gemma4_kernels.backends import Call, Implementation
 from gemma4_kernels.cuda_common import support as cuda_support
@@ -139,7 +139,7 @@ for _op, _schema in SCHEMAS.items():
             backend="cuda",
             entry=f"gemma4_kernels.attention.prologue_cuda:{_op}",
             dtypes=frozenset(cuda_support.DTYPE_CODES),
-            features=frozenset({"paged"}),
+            features=frozenset({"paged"}) | (cuda.CODES.keys() if _op == "k_eq_v_norm_rope_append" else frozenset()),
             max_head_dim=MAX_HEAD_DIM,
             refuses=cuda_support.refuses,
             only_by_name=cuda_support.only_by_name,

@@ -2,7 +2,7 @@
 
 Results go to stdout, progress to stderr.
 
-    gemma4-kernels bench --quick                       fifteen cases, a minute or two on a CPU
+    gemma4-kernels bench --quick                       nineteen cases, a minute or two on a CPU
     gemma4-kernels bench --save a.json --plot a.png    the same rows as a record and a picture
     gemma4-kernels bench show a.json -o csv            a record as a table
     gemma4-kernels bench compare a.json b.json         SAME, FAST or SLOW for each row
@@ -151,7 +151,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
 
 def selected(arguments: argparse.Namespace) -> list[Case]:
-    """--quick: fifteen cases that a CPU times in a minute or two; else all, of which a CPU skips the largest unless --full."""
+    """--quick: nineteen cases that a CPU times in a minute or two; else all, of which a CPU skips the largest unless --full."""
     if arguments.only:
         return list({text: parse(text) for text in arguments.only}.values())
     chosen: list[Case] = select(all_cases(), "bench-quick" if arguments.quick else "bench")

@@ -42,9 +42,15 @@ def _load(name: str) -> ModuleType | str:
 
 def module_for(device: torch.device) -> Any:
     """The compiled module that serves tensors of this device; `refuses` has said that there is one."""
-    module = _load("_C" if device.type == "cuda" else "_C_emulated")
-    assert not isinstance(module, str), module
+    module = module_of(device)
+    assert module is not None
     return module
+
+
+def module_of(device: torch.device) -> Any | None:
+    """The compiled module of this device, or None where none is built."""
+    module = _load("_C" if device.type == "cuda" else "_C_emulated")
+    return None if isinstance(module, str) else module
 
 
 def run(function: Any, workspace_bytes: Any, arguments: Any, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Quantised products by the compiled kernels of csrc/linear, plain and fused: up to 16 rows, every scheme.
+"""Quantised products by the compiled kernels of csrc/linear, plain and fused: up to 16 rows, every scheme. Rows by token id.
 
 x is (M, K) with a dense last dim, M may be 0, and shapes and dtypes have been checked before; `refuses` has said that the
 weight is one of those that the kernels read.
@@ -15,6 +15,7 @@ from torch import Tensor
 from gemma4_kernels import backends
 from gemma4_kernels.backends import Call
 from gemma4_kernels.cuda_common import support
+from gemma4_kernels.cuda_common.arguments import stream_of
 from gemma4_kernels.linear import cuda_table
 from gemma4_kernels.linear.schemes import SCHEMES
 from gemma4_kernels.linear.weight import QuantizedWeight
@@ -124,6 +125,21 @@ def quantized_argmax(x: Tensor, weight: QuantizedWeight) -> Tensor:
         "linear_argmax", "LinearArgmaxArguments", x, weight=_fields(weight, x.device),
         pieces=_pieces("quantized_argmax", weight, x.device), indices=out.data_ptr(),
     )  # fmt: skip
+    return out
+
+
+def quantized_embedding(ids: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """The rows of the weight that ids (T,) name: (T, K) in dtype. NaN for an id that is no row."""
+    out = weight.codes.new_empty((ids.shape[0], weight.shape[1]), dtype=dtype)
+    ids, weight = ids.contiguous(), _aligned(weight)
+    module = support.module_for(ids.device)
+    arguments = module.EmbeddingArguments(
+        weight=_fields(weight, ids.device), ids=ids.data_ptr(), ids_are_64_bit=ids.dtype == torch.int64, m=ids.shape[0],
+        columns=_address(weight.columns), out=out.data_ptr(), out_stride=out.shape[1],
+        dtype=support.DTYPE_CODES[dtype],
+    )  # fmt: skip
+    with stream_of(ids) as stream:
+        module.embedding(arguments, stream)
     return out
 
 

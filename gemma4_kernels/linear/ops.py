@@ -133,15 +133,16 @@ for _op, _schema in SCHEMAS.items():
     _entry = f"gemma4_kernels.linear.triton.backend:{_op}"
     backends.register(support.implementation(_op, _entry, frozenset({UNLIKE_WEIGHTS})))
 
-for _op in ("quantized_linear", "quantized_geglu", "quantized_argmax"):
+for _op in SCHEMAS:
     backends.register(
         Implementation(
             op=_op,
             backend="cuda",
             entry=f"gemma4_kernels.linear.cuda:{_op}",
-            dtypes=frozenset({torch.bfloat16, torch.float16}),
+            dtypes=frozenset({torch.bfloat16, torch.float16, *(DTYPES if _op == "quantized_embedding" else ())}),
             features=frozenset(),
             refuses=cuda.refuses,
             only_by_name=cuda_support.only_by_name,
+            serves=f"up to {DECODE_ROWS} rows",
         )
     )

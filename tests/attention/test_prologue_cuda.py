@@ -9,8 +9,8 @@ import torch
 from emulated import _emulate, needs_emulator  # noqa: F401
 from prologue_helpers import DTYPES, GEMMA, KINDS, full_layer, sliding_layer, with_exact_sums, written
 
-from gemma4_kernels import BackendError, RingCache, explain, use_backend
-from gemma4_kernels.attention import prologue_cuda
+from gemma4_kernels import BackendError, RingCache, explain, k_eq_v_attention, use_backend
+from gemma4_kernels.attention import prologue_cuda, value_codes
 from gemma4_kernels.bench.errors import judge
 from gemma4_kernels.reference.layers import apply_rope, rms_norm
 
@@ -255,8 +255,158 @@ def test_explain_says_why_it_is_passed_over():
         layer.append(layer.caches(8))
 
 
-def test_values_of_8_bits_are_another_backends():
+# Values of 8 bits ---------------------------------------------------------------------------------------------------
+
+CODES = [torch.float8_e4m3fn, torch.int8]
+codes = pytest.mark.parametrize("codes", CODES, ids=str)
+
+
+def cache_of_codes(layer, codes, capacity=12):
+    """Of zeros, and the scale that goes with it: of int8 rows to come."""
+    batch, _, heads, head_dim = layer.k.shape
+    values, scale = value_codes.allocate((batch, capacity, heads, head_dim), codes, "cpu")
+    if codes == torch.float8_e4m3fn:
+        return values, scale * torch.arange(1, heads + 1)  # the second head's numbers end beyond what fits no code
+    return values, scale.fill_(7.0)
+
+
+def assert_codes_like_eager(layer, values, scale, table=None):
+    """The same bits in q, in the whole cache and in all scales; one NaN is like another."""
+    want_values, want_scale = values.clone(), scale.clone()
+    out = layer.append([values], table, values_scale=scale)
+    assert torch.equal(out, eager(layer, [want_values], table, values_scale=want_scale))
+    numbers, want_numbers = values.float(), want_values.float()
+    assert torch.equal(numbers.nan_to_num(1e9), want_numbers.nan_to_num(1e9))
+    assert torch.equal(numbers.signbit() & ~numbers.isnan(), want_numbers.signbit() & ~want_numbers.isnan())
+    assert torch.equal(scale.nan_to_num(-1.0), want_scale.nan_to_num(-1.0))
+
+
+@codes
+@dtypes
+@pytest.mark.parametrize("head_dim", [2, 64, 130, 256, 272, 512])
+def test_codes_are_those_of_the_eager_backend(codes, dtype, head_dim):
+    layer = with_exact_sums(full_layer(dtype, d=head_dim, hkv=2))
+    assert_codes_like_eager(layer, *cache_of_codes(layer, codes))
+
+
+@codes
+def test_pages_get_codes_and_scales_and_nothing_else_changes(codes):
+    layer = with_exact_sums(full_layer(torch.bfloat16, rows=7, hkv=2))
+    layer.lengths = torch.tensor([3, 0], dtype=torch.int32)
+    table = torch.tensor([[5, 0, 2], [1, 7, 3]], dtype=torch.int32)
+    values, scale = (x.view(9, 4, *x.shape[2:]) if x.dim() > 1 else x for x in cache_of_codes(layer, codes, 18))
+    assert_codes_like_eager(layer, values, scale, table)
+
+
+@codes
+@pytest.mark.parametrize("shift", [0, 1])
+def test_codes_and_scales_in_parts_of_larger_tensors(codes, shift):
+    layer = with_exact_sums(full_layer(torch.bfloat16, hkv=2))
+    _, scale = cache_of_codes(layer, codes)
+    inner = slice(shift, 64 + shift)
+    whole = torch.zeros((3, 20, 5, 80), dtype=torch.uint8).view(codes)
+    around = torch.full((3, 20, 5), 7.0) if scale.dim() == 3 else torch.full((5,), 7.0)
+    part = around[1:, 2:14, 1:3] if scale.dim() == 3 else around[::2][:2]
+    part.copy_(scale)
+    assert_codes_like_eager(layer, whole[1:, 2:14, 1:3, inner], part)
+    bytes_ = whole.view(torch.uint8)
+    bytes_[1:, 2:14, 1:3, inner] = 0
+    part.fill_(7.0)
+    assert not bytes_.any()
+    assert bool((around == 7.0).all())
+
+
+@codes
+def test_every_number_between_codes_goes_to_the_nearest(codes):
+    """Rows of all magnitudes: subnormal codes, ties of both, what lies beyond the range."""
+    layer = full_layer(torch.float32, batch=1, rows=16, d=512)
+    powers = torch.exp2(torch.randint(-20, 4, (512,), generator=torch.Generator().manual_seed(1)).float())
+    k = layer.k.clone()
+    k.copy_(torch.randint(-31, 32, k.shape, generator=torch.Generator().manual_seed(2)) * powers)
+    k[0, 3] = 0.0  # a row of nothing but zeros
+    k[0, 4, 0, 1:] = 0.0  # and one of a single number, the largest that a norm gives
+    layer = replace(layer, k=k, v=k)
+    values, scale = cache_of_codes(layer, codes, 24)
+    for factor in (1.0, 0.04) if codes == torch.float8_e4m3fn else (1.0,):
+        got, want = values.clone(), values.clone()
+        got_scale, want_scale = scale * factor, scale * factor
+        q, wide = layer.append([got], values_scale=got_scale), layer.caches(24, fill=0.0)
+        assert torch.equal(q, layer.append(wide))
+        normed = written(wide, layer)[0]
+        want_codes, row_scale = value_codes.encode(normed, codes, want_scale)
+        assert torch.equal(written([got.view(torch.uint8)], layer)[0], want_codes.view(torch.uint8)), want
+        if codes == torch.int8:
+            assert torch.equal(written([got_scale.unsqueeze(-1)], layer)[0].squeeze(-1), row_scale)
+        else:
+            assert len(want_codes.view(torch.uint8).unique()) > 200
+    if codes == torch.float8_e4m3fn:
+        assert bool((want_codes.float().abs() == value_codes.FLOAT8_MAX).any())
+
+
+@codes
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_what_a_row_cannot_hold_is_not_made_a_number(codes, special):
+    layer = full_layer(torch.bfloat16, rows=5, hkv=2)
+    k = layer.k.clone()
+    k[1, 3, 0, 9] = special
+    layer = replace(layer, k=k, v=k)
+    # The other heads' sums are rounded: codes of both backends come from what each of them normed.
+    values, scale = cache_of_codes(layer, codes)
+    layer.append([values], values_scale=scale)
+    wide = layer.caches(12, fill=0.0)
+    layer.append(wide)
+    want, row_scale = value_codes.encode(written(wide, layer)[0], codes, scale)
+    got = written([values.view(torch.uint8)], layer)[0].view(codes)
+    got_scale = scale if codes == torch.float8_e4m3fn else written([scale.unsqueeze(-1)], layer)[0].squeeze(-1)
+    assert torch.equal(got_scale.nan_to_num(-1.0), row_scale.nan_to_num(-1.0))
+    decoded, want_decoded = value_codes.decode(got, got_scale), value_codes.decode(want, row_scale)
+    assert torch.equal(decoded.nan_to_num(1e9), want_decoded.nan_to_num(1e9))
+    assert bool(decoded[1, 3, 0].isnan().any()) == (special != 3e38)
+    assert not decoded[1, 3, 1].isnan().any()
+
+
+@codes
+def test_a_scale_that_is_no_number_or_zero(codes):
+    layer = with_exact_sums(full_layer(torch.float16, hkv=2))
+    values, scale = cache_of_codes(layer, codes)
+    if codes == torch.float8_e4m3fn:
+        for first, second in ((float("nan"), 0.0), (float("inf"), -0.0625)):
+            assert_codes_like_eager(layer, values.clone(), torch.tensor([first, second]))
+    else:  # which is written, whatever was there
+        assert_codes_like_eager(layer, values, scale.fill_(float("nan")))
+
+
+@codes
+def test_the_kernel_leaves_out_codes_beyond_the_cache(codes):
     layer = full_layer(torch.bfloat16)
-    values = layer.caches(8)[0].to(torch.float8_e4m3fn)
-    with pytest.raises(BackendError, match="does not support"):
-        layer.append([values], values_scale=torch.full((1,), 1 / 16))
+    values, scale = cache_of_codes(layer, codes, 8)
+    rows = (layer.q, layer.k, layer.q_weight, layer.cos, layer.sin)
+    prologue_cuda.k_eq_v_norm_rope_append(*rows, values, torch.tensor([7, -3]), None, 1e-6, scale)
+    changed = values.view(torch.uint8).any(dim=-1).any(dim=-1)  # (2, 8)
+    assert changed.nonzero().tolist() == [[0, 7]]
+    if codes == torch.int8:
+        assert bool((scale != 7.0).nonzero().tolist() == [[0, 7, 0]])
+
+
+@codes
+def test_the_attention_reads_what_the_prologue_wrote(codes):
+    """Bit for bit what it makes of a cache of the rounded values."""
+    layer = full_layer(torch.bfloat16, hkv=2, d=128)
+    values, scale = cache_of_codes(layer, codes)
+    q = layer.append([values], values_scale=scale)
+    where = {"cache_seqlens": layer.lengths + 3}
+    weights = (layer.k_weight, torch.arange(64) / 64.0)
+    got = k_eq_v_attention(q, values, *weights, values_scale=scale, **where)
+    rounded = value_codes.decode(values, scale).bfloat16()
+    assert torch.equal(got, k_eq_v_attention(q, rounded, *weights, **where))
+
+
+@codes
+def test_explain_says_who_writes_codes(codes):
+    layer = full_layer(torch.bfloat16)
+    values, scale = cache_of_codes(layer, codes)
+    said = explain(
+        "k_eq_v_norm_rope_append", q=layer.q, k=layer.k, q_norm_weight=layer.q_weight, cos=layer.cos, sin=layer.sin,
+        values=values, cache_seqlens=layer.lengths, values_scale=scale,
+    )  # fmt: skip
+    assert said.taken == "cuda"

@@ -1,6 +1,8 @@
-// The fused forms of gemma4_linear on the emulator, called through the C interface, for builds that no Python can load.
+// The fused forms of gemma4_linear, and gemma4_embedding, on the emulator, called through the C interface, for builds that no
+// Python can load.
 //
-//   linear_fused_check           GeGLU against products in double, the argmax against gemma4_linear's outputs, a residual
+//   linear_fused_check           GeGLU against products in double, the argmax against gemma4_linear's outputs, a residual;
+//                                rows of the weight by id
 //   linear_fused_check fuzz N    N calls with arguments out of order: a status and a message, and nothing written
 #include <cmath>
 #include <cstdio>
@@ -59,10 +61,11 @@ struct Call {
   Shape shape;
   std::mt19937 random;
   Weight gate, up;
-  Block x, out, residual, indices;
+  Block x, out, residual, indices, ids, rows;
   gemma4_linear_arguments product{};
   gemma4_linear_geglu_arguments geglu{};
   gemma4_linear_argmax_arguments argmax{};
+  gemma4_embedding_arguments embedding{};
 
   Call(const Shape& s, unsigned seed)
       : shape(s),
@@ -72,7 +75,9 @@ struct Call {
         x(2 * ((s.m - 1) * (s.k + s.x_padding) + s.k)),
         out(2 * ((s.m - 1) * (s.n + s.out_padding) + s.n)),
         residual(out.size),
-        indices(8 * s.m) {
+        indices(8 * s.m),
+        ids(4 * s.m),
+        rows(2 * ((s.m - 1) * (s.k + s.out_padding) + s.k)) {
     std::normal_distribution<float> normal;
     for (int64_t i = 0; i < int64_t(x.size) / 2; ++i) put(x, i, normal(random), s.dtype);
     for (int64_t i = 0; i < int64_t(residual.size) / 2; ++i) put(residual, i, normal(random), s.dtype);
@@ -91,18 +96,30 @@ struct Call {
     product.out = geglu.out = out.data;
     product.out_stride = geglu.out_stride = product.residual_stride = s.n + s.out_padding;
     argmax.indices = reinterpret_cast<int64_t*>(indices.data);
+    for (int64_t i = 0; i < s.m; ++i) {  // the last row, and in each five one that is none
+      const int32_t id = i % 5 == 3 ? int32_t(s.n) : int32_t(random() % s.n);
+      const int32_t chosen = i == 0 ? int32_t(s.n - 1) : id;
+      std::memcpy(ids.data + 4 * i, &chosen, 4);
+    }
+    embedding.weight = gate.fields;
+    embedding.m = s.m;
+    embedding.ids = ids.data;
+    embedding.out = rows.data;
+    embedding.out_stride = s.k + s.out_padding;
+    embedding.dtype = s.dtype;
   }
 
   void forget() {
     std::memset(out.data, 0xFF, out.size);
     std::memset(indices.data, 0xFF, indices.size);
+    std::memset(rows.data, 0xFF, rows.size);
   }
 
   bool is_untouched() const {
     const auto is_ones = [](const Block& block) {
       return std::all_of(block.data, block.data + block.size, [](unsigned char byte) { return byte == 0xFF; });
     };
-    return is_ones(out) && is_ones(indices);
+    return is_ones(out) && is_ones(indices) && is_ones(rows);
   }
 
   float output(int64_t row, int64_t i) const { return get(out, row * (shape.n + shape.out_padding) + i, shape.dtype); }
@@ -188,6 +205,23 @@ bool residual_is_right(Call& call) {
   return true;
 }
 
+// Every number within one rounding of the weight's.
+bool embedding_is_right(const Call& call) {
+  if (gemma4_embedding(&call.embedding, nullptr) != GEMMA4_OK) return false;
+  const double last_place = call.shape.dtype == GEMMA4_BF16 ? 1.0 / 256 : 1.0 / 2048;
+  for (int64_t i = 0; i < call.shape.m; ++i) {
+    int32_t id;
+    std::memcpy(&id, call.ids.data + 4 * i, 4);
+    for (int64_t column = 0; column < call.shape.k; ++column) {
+      const float got = get(call.rows, i * call.embedding.out_stride + column, call.shape.dtype);
+      const double want = id == call.shape.n ? NAN : call.gate.value(id, column);
+      const bool right = std::isnan(want) ? std::isnan(got) : std::fabs(got - want) <= last_place * std::fabs(want) + 1e-6;
+      if (!right) return false;
+    }
+  }
+  return true;
+}
+
 int check_shapes() {
   const Shape shapes[] = {
       {70, 160, 1, GEMMA4_BF16, GEMMA4_CENTRED, 0, 0},    {33, 288, 5, GEMMA4_FP16, GEMMA4_OFFSETS, 8, 3},
@@ -210,6 +244,7 @@ int check_shapes() {
         return std::printf("another argmax than that of the product\n"), 1;
       }
     }
+    if (!embedding_is_right(call)) return std::printf("another row than that of the weight: %s\n", gemma4_last_error()), 1;
     if (!residual_is_right(call)) return std::printf("a residual in place gave other bits\n"), 1;
   }
   return 0;
@@ -245,6 +280,15 @@ void spoil_x(Arguments& arguments, std::mt19937& random) {
     case 2: arguments.x_stride = random() % 2 ? INT64_MAX : arguments.x_stride + 4; break;
     case 3: arguments.pieces = random() % 2 ? -1 : INT32_MIN; break;
     default: arguments.dtype = random() % 2 ? GEMMA4_FP32 : 7; break;
+  }
+}
+
+void spoil_rows(gemma4_embedding_arguments& a, std::mt19937& random) {
+  switch (random() % 4) {
+    case 0: a.ids = moved(a.ids, random); break;
+    case 1: a.out = const_cast<void*>(moved(a.out, random)); break;
+    case 2: a.columns = reinterpret_cast<const int32_t*>(static_cast<const unsigned char*>(a.ids) + 1); break;
+    default: a.m = 2, a.out_stride = random() % 2 ? INT64_MAX : a.weight.k - 1; break;
   }
 }
 
@@ -292,7 +336,13 @@ const char* call_wrongly(Call& call, std::mt19937& random, gemma4_status* status
     *status = run_spoiled(call.product, gemma4_linear_workspace, gemma4_linear, spoil);
     return "gemma4_linear: ";
   };
-  switch (random() % 12) {
+  const auto embedding = [&](const auto& spoil) {
+    auto arguments = call.embedding;
+    spoil(arguments);
+    *status = gemma4_embedding(&arguments, nullptr);
+    return "gemma4_embedding: ";
+  };
+  switch (random() % 16) {
     case 0: return geglu([&](auto& a, size_t&) { spoil(a.gate, random); });
     case 1: return geglu([&](auto& a, size_t&) { spoil(a.up, random); });
     case 2: return geglu([&](auto& a, size_t&) { spoil_pair(a.up, random); });
@@ -305,6 +355,10 @@ const char* call_wrongly(Call& call, std::mt19937& random, gemma4_status* status
       return argmax([&](auto& a, size_t&) { a.indices = static_cast<int64_t*>(const_cast<void*>(moved(a.indices, random))); });
     case 9: return argmax([&](auto&, size_t& bytes) { bytes -= 1 + random() % bytes; });
     case 10: *status = gemma4_linear_argmax(nullptr, nullptr, 0, nullptr); return "gemma4_linear_argmax: ";
+    case 11: return embedding([&](auto& a) { spoil(a.weight, random); });
+    case 12: return embedding([&](auto& a) { spoil_rows(a, random); });
+    case 13: return embedding([&](auto& a) { random() % 2 ? a.m = -1 : a.dtype = 7; });
+    case 14: *status = gemma4_embedding(nullptr, nullptr); return "gemma4_embedding: ";
     default:
       return product([&](auto& a, size_t&) {
         const bool stride = random() % 2;

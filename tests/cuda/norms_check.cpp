@@ -208,6 +208,7 @@ struct PrologueShape {
   int64_t page;     // rows of a page; 0: contiguous
   int64_t padding;  // elements between heads
   bool wide;        // lengths and pages in 64 bits
+  int codes = GEMMA4_CODES_NONE;
 };
 
 constexpr int64_t kCapacity = 24, kPages = 9;
@@ -215,7 +216,7 @@ constexpr int64_t kCapacity = 24, kPages = 9;
 struct PrologueCall {
   PrologueShape shape;
   int64_t head, q_row, kv_row, cache_row, entries, entry_rows, columns;
-  Numbers q, k, v, q_weight, k_weight, cos, sin, out, k_cache, v_cache;
+  Numbers q, k, v, q_weight, k_weight, cos, sin, out, k_cache, v_cache, v_scale;
   std::vector<int64_t> lengths, pages;
   std::vector<int32_t> short_lengths, short_pages;
   gemma4_prologue_arguments arguments{};
@@ -238,7 +239,8 @@ struct PrologueCall {
         sin(s.rows * s.head_dim, s.dtype),
         out(s.batch * s.rows * s.q_heads * s.head_dim, s.dtype),
         k_cache(entries * entry_rows * cache_row - s.padding, s.dtype),
-        v_cache(entries * entry_rows * cache_row - s.padding, s.dtype) {
+        v_cache(cache_size() / (s.codes == GEMMA4_CODES_NONE ? 1 : bytes_of(s.dtype)), s.dtype),
+        v_scale(s.codes == GEMMA4_CODES_FLOAT8 ? s.kv_heads : entries * entry_rows * s.kv_heads, GEMMA4_FP32) {
     std::mt19937 random(seed);
     for (int64_t i = 0; i < s.batch * s.rows * q_row - s.padding; ++i) q.put(i, whole(random));
     for (int64_t i = 0; i < s.batch * s.rows * kv_row - s.padding; ++i) k.put(i, whole(random)), v.put(i, whole(random));
@@ -281,7 +283,12 @@ struct PrologueCall {
     a.lengths_are_64_bit = a.block_table_is_64_bit = s.wide;
     a.dtype = s.dtype;
     a.eps = 1e-6f;
+    a.codes = s.codes;
+    if (s.codes != GEMMA4_CODES_NONE) a.v_scale = {v_scale.data(), entry_rows * s.kv_heads, s.kv_heads, 1};
+    for (int64_t h = 0; s.codes == GEMMA4_CODES_FLOAT8 && h < s.kv_heads; ++h) v_scale.put(h, 0.0625f * float(h + 1));
   }
+
+  int64_t cache_size() const { return entries * entry_rows * cache_row - shape.padding; }
 
   gemma4_status run() {
     return shape.has_keys ? gemma4_qkv_prologue(&arguments, nullptr) : gemma4_k_eq_v_prologue(&arguments, nullptr);
@@ -301,6 +308,20 @@ struct PrologueCall {
       turned.push_back(rounded(a + b, shape.dtype));
     }
     return turned;
+  }
+
+  // The code of a value, and of int8 the scale of its head, whose values are `want`.
+  bool is_code(unsigned char code, const std::vector<float>& want, int64_t d, float scale) {
+    const float value = want[size_t(d)];
+    if (shape.codes == GEMMA4_CODES_INT8) {
+      float largest = 0;
+      for (const float number : want) largest = std::max(largest, std::fabs(number));
+      return scale == largest / 127 && int8_t(code) == std::nearbyint(value / scale);
+    }
+    const int exponent = code >> 3 & 15, bits = code & 7;
+    const float magnitude = std::ldexp(float(exponent == 0 ? bits : 8 + bits), std::max(exponent, 1) - 10);
+    const float error = std::fabs((code & 0x80 ? -magnitude : magnitude) - value / scale);
+    return error <= std::max(std::fabs(value / scale) / 16, std::ldexp(1.0f, -10));
   }
 
   // Row `position` of a request in the caches, in rows; -1 if there is none.
@@ -330,6 +351,11 @@ struct PrologueCall {
           const auto want_key = head_of(k, token * kv_row + h * head, &k_weight, row);
           for (int64_t d = 0; d < shape.head_dim; ++d) {
             const int64_t i = place * cache_row + h * head + d;
+            if (shape.codes != GEMMA4_CODES_NONE) {
+              const float scale = v_scale.get(shape.codes == GEMMA4_CODES_INT8 ? place * shape.kv_heads + h : h);
+              if (!is_code(*(v_cache.at(0) + i), want, d, scale)) return false;
+              continue;
+            }
             if (v_cache.get(i) != want[size_t(d)]) return false;
             if (shape.has_keys && k_cache.get(i) != want_key[size_t(d)]) return false;
           }
@@ -338,12 +364,16 @@ struct PrologueCall {
     }
     for (int64_t i = 0; i < entries * entry_rows * cache_row - shape.padding; ++i) {
       const bool inside = written[size_t(i / cache_row)] && i % head < shape.head_dim;
-      if (!inside && !v_cache.untouched(i)) return false;
+      const bool with_codes = shape.codes != GEMMA4_CODES_NONE;
+      if (!inside && !(with_codes ? *(v_cache.at(0) + i) == 0xFF : v_cache.untouched(i))) return false;
       if (!(inside && shape.has_keys) && !k_cache.untouched(i)) return false;
     }
     return true;
   }
-  bool is_untouched() const { return out.untouched() && k_cache.untouched() && v_cache.untouched(); }
+  bool is_untouched() const {
+    const bool scales = shape.codes == GEMMA4_CODES_FLOAT8 || v_scale.untouched();
+    return out.untouched() && k_cache.untouched() && v_cache.untouched() && scales;
+  }
 };
 
 int check_prologue() {
@@ -352,6 +382,9 @@ int check_prologue() {
       {1, 2, 16, 1, 512, GEMMA4_BF16, false, 0, 0, true},  {3, 7, 4, 1, 512, GEMMA4_FP16, false, 6, 16, false},
       {2, 3, 3, 3, 80, GEMMA4_FP16, true, 0, 8, false},    {2, 3, 6, 2, 6, GEMMA4_BF16, true, 5, 3, true},
       {3, 4, 2, 1, 130, GEMMA4_FP32, false, 6, 0, false},  {3, 2, 5, 1, 272, GEMMA4_FP32, true, 0, 4, true},
+      {3, 5, 4, 2, 512, GEMMA4_BF16, false, 6, 0, true, GEMMA4_CODES_FLOAT8},
+      {2, 2, 3, 1, 64, GEMMA4_FP16, false, 0, 0, false, GEMMA4_CODES_INT8},
+      {3, 4, 2, 2, 130, GEMMA4_FP32, false, 6, 0, false, GEMMA4_CODES_INT8},
   };
   unsigned seed = 100;
   for (const PrologueShape& shape : shapes) {
@@ -407,7 +440,7 @@ void spoil(gemma4_prologue_arguments& a, std::mt19937& random) {
   const int64_t far = one_of<int64_t>(random, {INT64_MIN, -1, INT64_MAX, int64_t(1) << 61});
   const int64_t size = one_of<int64_t>(random, {INT64_MIN, -1, int64_t(1) << 31, INT64_MAX});
   const int64_t count = one_of<int64_t>(random, {INT64_MIN, -1, 0, 65536, INT64_MAX});
-  switch (random() % 26) {
+  switch (random() % 28) {
     case 0: a.batch = size; break;
     case 1: a.rows = size; break;
     case 2: a.q_heads = count; break;
@@ -433,6 +466,16 @@ void spoil(gemma4_prologue_arguments& a, std::mt19937& random) {
     case 22: (random() % 2 ? a.entries : a.entry_rows) = one_of<int64_t>(random, {INT64_MIN, -1, 0, int64_t(1) << 31, INT64_MAX}); break;
     case 23: a.eps = one_of(random, {0.0f, -1.0f, NAN, INFINITY}); break;
     case 24: (random() % 2 ? a.dtype : a.q_weight_dtype) = kind; break;
+    case 25: a.codes = a.k.data != nullptr ? 1 + int(random() % 2) : kind; break;
+    case 26:
+      if (a.codes == GEMMA4_CODES_NONE) {
+        a.v_scale.data = a.v_cache.data;
+      } else if (a.kv_heads > 1 && random() % 2) {
+        a.v_scale.head_stride = far;
+      } else {
+        a.v_scale.data = moved(random, a.v_scale.data);
+      }
+      break;
     default:
       if (a.block_table != nullptr) {
         a.table_columns = one_of<int64_t>(random, {INT64_MIN, -1, 0, int64_t(1) << 31, INT64_MAX});
@@ -469,7 +512,8 @@ int fuzz(int count) {
     } else {
       const bool has_keys = i % 3 == 1;
       PrologueCall call({int64_t(2 + random() % 2), int64_t(2 + random() % 3), 4, 2, int64_t(2 * (1 + random() % 40)),
-                         dtypes[random() % 3], has_keys, random() % 2 ? 6 : 0, int64_t(random() % 9), random() % 2 == 0}, unsigned(i));
+                         dtypes[random() % 3], has_keys, random() % 2 ? 6 : 0, int64_t(random() % 9), random() % 2 == 0,
+                         has_keys ? 0 : int(random() % 3)}, unsigned(i));
       right = is_refused(call, random, has_keys ? "gemma4_qkv_prologue" : "gemma4_k_eq_v_prologue",
                          has_keys ? gemma4_qkv_prologue : gemma4_k_eq_v_prologue);
     }

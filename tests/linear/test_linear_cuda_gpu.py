@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from linear_weights import random_weight
+from on_gpu import captured, needs_gpu, on_another_stream
 from torch.nn.functional import gelu, linear
 
 from gemma4_kernels import quantized_argmax, quantized_geglu, quantized_linear, use_backend
 from gemma4_kernels.bench.errors import judge
 from gemma4_kernels.linear import cuda
 
-pytestmark = pytest.mark.gpu
+pytestmark = needs_gpu
 
 
 @pytest.mark.parametrize("shape", [(15360, 3840), (3840, 15360), (512, 3840), (70, 768)])
@@ -50,13 +51,8 @@ def test_a_captured_graph_and_another_stream():
     weight, x = random_weight("Q4_0", (512, 3840)).to("cuda"), torch.randn(3, 3840, device="cuda", dtype=torch.bfloat16)
     with use_backend("cuda"):
         expected = quantized_linear(x, weight)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            assert torch.equal(quantized_linear(x, weight), expected)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            got = quantized_linear(x, weight)
+        assert torch.equal(on_another_stream(lambda: quantized_linear(x, weight)), expected)
+        got, graph = captured(lambda: quantized_linear(x, weight))
         got.zero_()
         graph.replay()
         assert torch.equal(got, expected)
