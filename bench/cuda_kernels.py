@@ -136,7 +136,7 @@ _FLASH_SLOT_BYTES = 8192  # of keys, and of values, in csrc/attention/flash_deco
 _K_EQ_V_WARPS, _K_EQ_V_KEYS, _K_EQ_V_ROWS = 8, 32, 2 * ATTENTION_TILE_ROWS  # in k_eq_v.cuh
 FLASH = re.compile(r"flash_decode_kernelINS_3ptx4(?P<x>Bf16|Fp16)ELi(?P<dim>\d+)ELi(?P<tiles>\d)E")
 K_EQ_V = re.compile(
-    r"k_eq_v_kernelINS1_10(?P<cache>Plain|Coded)CacheINS_3ptx4(?P<x>Bf16|Fp16)E(?:NS1_\d(?P<codes>Float8|Int8)E)?"
+    r"k_eq_v_kernelINS1_10(?:Plain|Coded)CacheINS_3ptx4(?P<x>Bf16|Fp16)E(?:NS1_\d(?P<codes>Float8|Int8)E)?"
     r"Li\d+EEELi(?P<dim>\d+)E"
 )
 
@@ -167,7 +167,7 @@ def _k_eq_v(found: re.Match[str]) -> Facts:
         shared_bytes=2 * _K_EQ_V_KEYS * 2 * head_dim + scores + _K_EQ_V_ROWS * (_K_EQ_V_KEYS * 2 + 4) + order,
         loop_bytes=_K_EQ_V_KEYS * head_dim * (1 if codes else 2),
         loop_macs=2 * _K_EQ_V_ROWS * _K_EQ_V_KEYS * head_dim,
-        main_loop="fast path",
+        main_loop="fast macs",
     )
 
 
@@ -204,7 +204,7 @@ KNOWN: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], Facts]], ...] = (
     (LINEAR, _linear_decode),
     (FLASH, _flash_decode),
     (K_EQ_V, _k_eq_v),
-    *((re.compile(pattern), _other(*rest)) for pattern, *rest in _OTHERS),
+    *((re.compile(pattern), _other(name, warps, shared)) for pattern, name, warps, shared in _OTHERS),
 )
 
 # Everything ----------------------------------------------------------------------------------------------------------

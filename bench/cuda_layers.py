@@ -43,9 +43,9 @@ class Scheme(NamedTuple):
 
 
 SCHEMES = {
-    "Q4_0": Scheme(4, 4.5, "Fp16", {8: Code(19.0, 128), 16: Code(23.5, 168)}),
-    "Q6_K": Scheme(6, 6.5625, "Int8", {8: Code(23.0, 168), 16: Code(27.0, 168)}),
-    "Q8_0": Scheme(8, 8.5, "Fp16", {8: Code(15.0, 168), 16: Code(17.5, 168)}),
+    "Q4_0": Scheme(4, 4.5, "Fp16", {8: Code(19.0, 128), 16: Code(24.0, 168)}),
+    "Q6_K": Scheme(6, 6.5625, "Int8", {8: Code(23.0, 255), 16: Code(27.0, 255)}),
+    "Q8_0": Scheme(8, 8.5, "Fp16", {8: Code(15.0, 128), 16: Code(17.5, 168)}),
 }
 VALUES = "centred"  # of all of them
 

@@ -85,6 +85,8 @@ MAIN_LOOP: dict[str, Callable[[Loop], tuple[int, ...]]] = {
         loop.bulk_copies, loop.loaded_bytes, sum(loop.macs.values()), -loop.instructions,
     ),
     "copies": lambda loop: (_sum(loop.copies), sum(loop.macs.values()), loop.instructions),
+    # Of several loops that multiply as much, one for a special case is shorter, whatever the general one loads besides.
+    "fast macs": lambda loop: (sum(loop.macs.values()), -loop.instructions),
     "macs": lambda loop: (sum(loop.macs.values()), loop.loaded_bytes, loop.instructions),
     "instructions": lambda loop: (loop.instructions,),
 }  # fmt: skip

@@ -161,11 +161,12 @@ def test_which_loop_is_the_main_one_can_be_said():
         ["LDGSTS.E.64 [R9], [R2.64]"],
         ["HMMA.16816.F32 R4, R2, R3, R4"] * 2,
         ["FADD R3, R3, R2"] * 9,
+        ["HMMA.16816.F32 R4, R2, R3, R4"] * 2 + ["FADD R3, R3, R2"],
     ):
         text += [*body, f"@P0 BRA 0x{16 * len(text):x}"]
     loops = sass.find_loops(listing(*text, "EXIT"))
     chosen = {choice: loops.index(sass.main_loop(loops, choice)) for choice in sass.MAIN_LOOP}
-    assert chosen == {"loads": 1, "fast path": 0, "copies": 2, "macs": 3, "instructions": 4}
+    assert chosen == {"loads": 1, "fast path": 0, "copies": 2, "fast macs": 3, "macs": 5, "instructions": 4}
     assert sass.main_loop([]) is None
 
 
