@@ -240,7 +240,7 @@ struct Arguments {
     return GEMMA4_OK;
   }
 
-  gemma4_status heads(const char* name, const gemma4_prologue_heads& h, int64_t count) {
+  gemma4_status heads(const char* name, const gemma4_rows& h, int64_t count) {
     return tensor(name, h.data, bytes_of(a.dtype), {{a.batch, h.batch_stride}, {a.rows, h.row_stride}, {count, h.head_stride}});
   }
 
@@ -321,7 +321,7 @@ struct Arguments {
   }
 };
 
-Heads heads_of(const gemma4_prologue_heads& h) { return {h.data, h.batch_stride, h.row_stride, h.head_stride}; }
+Heads heads_of(const gemma4_rows& h) { return {h.data, h.batch_stride, h.row_stride, h.head_stride}; }
 Cache cache_of(const gemma4_prologue_cache& c) { return {c.data, c.entry_stride, c.row_stride, c.head_stride}; }
 
 Parameters parameters_of(const gemma4_prologue_arguments& a, bool whole) {

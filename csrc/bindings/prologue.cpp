@@ -9,7 +9,7 @@ namespace {
 
 using Strides = std::array<int64_t, 3>;
 
-gemma4_prologue_heads heads(uintptr_t data, const Strides& strides) { return {pointer(data), strides[0], strides[1], strides[2]}; }
+gemma4_rows heads(uintptr_t data, const Strides& strides) { return {pointer(data), strides[0], strides[1], strides[2]}; }
 gemma4_prologue_cache cache(uintptr_t data, const Strides& strides) { return {writable(data), strides[0], strides[1], strides[2]}; }
 
 gemma4_prologue_arguments prologue_arguments(

@@ -34,6 +34,27 @@ typedef enum gemma4_status {
 
 typedef enum gemma4_dtype { GEMMA4_BF16 = 0, GEMMA4_FP16 = 1, GEMMA4_FP32 = 2 } gemma4_dtype;
 
+/* A cudaStream_t; 0 is the default stream. */
+typedef void* gemma4_stream;
+
+/* The library ----------------------------------------------------------------------------------------------------------- */
+
+GEMMA4_API int32_t gemma4_abi_version(void);
+
+/* What the calling thread's last failed call had to say; "" before the first. Valid until its next failed call. */
+GEMMA4_API const char* gemma4_last_error(void);
+
+/* The architectures that there is machine code for, "80 86 89 90 120"; newer ones are compiled from PTX by the driver. */
+GEMMA4_API const char* gemma4_architectures(void);
+
+/* Kernels that the calling thread has launched through this library. */
+GEMMA4_API uint64_t gemma4_launches(void);
+
+/* GEMMA4_CUDA_ERROR if there is no driver, or one older than the CUDA release that this library was built with. */
+GEMMA4_API gemma4_status gemma4_check_driver(void);
+
+/* Products with quantised weights --------------------------------------------------------------------------------------- */
+
 /* How a code q of group j becomes a value; docs/quantization.md has the schemes by name. */
 typedef enum gemma4_values {
   GEMMA4_CENTRED = 0, /* scale[n, j] * (q - zero) */
@@ -57,9 +78,6 @@ typedef enum gemma4_scales {
    * scale = scale_table[scales[n, j]] * scale_scales[(n * g + j) / 256] + scale_offset */
   GEMMA4_SCALES_NESTED = 4
 } gemma4_scales;
-
-/* A cudaStream_t; 0 is the default stream. */
-typedef void* gemma4_stream;
 
 /* A weight of n rows (outputs) and k columns (inputs), with codes in the order of `QuantizedWeight`. A plane of b bits has 32 / b
  * neighbours of a row in one 32-bit word, neighbour i at bit 16 * (i % 2) + b * (i / 2). Codes of up to 6 bits are a plane of their
@@ -144,7 +162,23 @@ typedef struct gemma4_embedding_arguments {
   int32_t dtype;          /* of out: gemma4_dtype */
 } gemma4_embedding_arguments;
 
-/* Attention ------------------------------------------------------------------------------------------------------------- */
+/* Bytes that gemma4_linear wants of a 16-byte aligned workspace on the current device; may be 0. */
+GEMMA4_API gemma4_status gemma4_linear_workspace(const gemma4_linear_arguments* arguments, size_t* bytes);
+
+GEMMA4_API gemma4_status gemma4_linear(const gemma4_linear_arguments* arguments, void* workspace, size_t workspace_bytes,
+                                       gemma4_stream stream);
+
+/* The fused forms, called the same way. */
+GEMMA4_API gemma4_status gemma4_linear_geglu_workspace(const gemma4_linear_geglu_arguments* arguments, size_t* bytes);
+GEMMA4_API gemma4_status gemma4_linear_geglu(const gemma4_linear_geglu_arguments* arguments, void* workspace,
+                                             size_t workspace_bytes, gemma4_stream stream);
+GEMMA4_API gemma4_status gemma4_linear_argmax_workspace(const gemma4_linear_argmax_arguments* arguments, size_t* bytes);
+GEMMA4_API gemma4_status gemma4_linear_argmax(const gemma4_linear_argmax_arguments* arguments, void* workspace,
+                                              size_t workspace_bytes, gemma4_stream stream);
+
+GEMMA4_API gemma4_status gemma4_embedding(const gemma4_embedding_arguments* arguments, gemma4_stream stream);
+
+/* Attention over a cache ------------------------------------------------------------------------------------------------ */
 
 /* Whose rows and keys are whose. Numbers behind pointers lie on the device: kernels hold each within what exists, and read no
  * page or entry besides. Row i of a request is the token at position end - rows + i. */
@@ -234,41 +268,7 @@ GEMMA4_API gemma4_status gemma4_k_eq_v_decode_workspace(const gemma4_k_eq_v_deco
 GEMMA4_API gemma4_status gemma4_k_eq_v_decode(const gemma4_k_eq_v_decode_arguments* arguments, void* workspace,
                                               size_t workspace_bytes, gemma4_stream stream);
 
-/* Norms and the prologue of attention ------------------------------------------------------------------------------------------- */
-
-/* hidden = (residual + norm(x) * post_weight) * layer_scalar and normed = norm(hidden) * pre_weight, all of them (m, n), where
- * norm(x) is x / sqrt(mean(x^2) + eps) of a row. Sums are fp32; norm times weight, sum and product are each rounded to dtype. hidden
- * may be x or residual, and normed may be the other one: each row with the same stride. */
-typedef struct gemma4_sandwich_norm_arguments {
-  int64_t m;
-  int64_t n;               /* 1 to 16384 */
-  int64_t x_stride;        /* elements from row to row, at least 0 for x and residual, at least n for hidden and normed; rows are */
-  int64_t residual_stride; /* dense. Rows and weights at multiples of 16 bytes, with n a multiple of 8, are taken 16 bytes at a */
-  int64_t hidden_stride;   /* time */
-  int64_t normed_stride;
-  const void* x; /* these four in dtype, aligned to their elements */
-  const void* residual;
-  void* hidden;
-  void* normed; /* null without pre_weight */
-  const void* post_weight;  /* (n) */
-  const void* pre_weight;   /* (n), or null: there is no second norm */
-  const void* layer_scalar; /* one number on the device, or null: there is no product */
-  float eps;
-  int32_t dtype; /* gemma4_dtype, like the next three */
-  int32_t post_weight_dtype;
-  int32_t pre_weight_dtype;
-  int32_t layer_scalar_dtype;
-} gemma4_sandwich_norm_arguments;
-
-GEMMA4_API gemma4_status gemma4_sandwich_norm(const gemma4_sandwich_norm_arguments* arguments, gemma4_stream stream);
-
-/* What a projection gave: (batch, rows, heads, head_dim), dense in the last dim. */
-typedef struct gemma4_prologue_heads {
-  const void* data;
-  int64_t batch_stride; /* elements */
-  int64_t row_stride;
-  int64_t head_stride;
-} gemma4_prologue_heads;
+/* In front of attention ------------------------------------------------------------------------------------------------- */
 
 /* A cache that takes new rows: (entries, entry_rows, kv_heads, head_dim), dense in the last dim. */
 typedef struct gemma4_prologue_cache {
@@ -297,9 +297,9 @@ typedef struct gemma4_prologue_arguments {
   int64_t q_heads;
   int64_t kv_heads;
   int64_t head_dim; /* even, up to 512 */
-  gemma4_prologue_heads q; /* in dtype, like k, v, cos, sin, out and the caches; each aligned to its elements */
-  gemma4_prologue_heads k;
-  gemma4_prologue_heads v;
+  gemma4_rows q; /* in dtype, like k, v, cos, sin, out and the caches; each aligned to its elements */
+  gemma4_rows k;
+  gemma4_rows v;
   const void* q_weight; /* (head_dim) */
   const void* k_weight; /* (head_dim) */
   const void* cos;      /* (batch, rows, head_dim), dense in the last dim; a batch stride of 0 is one rotation for all */
@@ -333,39 +333,35 @@ GEMMA4_API gemma4_status gemma4_qkv_prologue(const gemma4_prologue_arguments* ar
  * are null. */
 GEMMA4_API gemma4_status gemma4_k_eq_v_prologue(const gemma4_prologue_arguments* arguments, gemma4_stream stream);
 
-/* ------------------------------------------------------------------------------------------------------------------------------- */
+/* Between sublayers ----------------------------------------------------------------------------------------------------- */
 
-GEMMA4_API int32_t gemma4_abi_version(void);
+/* hidden = (residual + norm(x) * post_weight) * layer_scalar and normed = norm(hidden) * pre_weight, all of them (m, n), where
+ * norm(x) is x / sqrt(mean(x^2) + eps) of a row. Sums are fp32; norm times weight, sum and product are each rounded to dtype. hidden
+ * may be x or residual, and normed may be the other one: each row with the same stride. */
+typedef struct gemma4_sandwich_norm_arguments {
+  int64_t m;
+  int64_t n;               /* 1 to 16384 */
+  int64_t x_stride;        /* elements from row to row, at least 0 for x and residual, at least n for hidden and normed; rows are */
+  int64_t residual_stride; /* dense. Rows and weights at multiples of 16 bytes, with n a multiple of 8, are taken 16 bytes at a */
+  int64_t hidden_stride;   /* time */
+  int64_t normed_stride;
+  const void* x; /* these four in dtype, aligned to their elements */
+  const void* residual;
+  void* hidden;
+  void* normed; /* null without pre_weight */
+  const void* post_weight;  /* (n) */
+  const void* pre_weight;   /* (n), or null: there is no second norm */
+  const void* layer_scalar; /* one number on the device, or null: there is no product */
+  float eps;
+  int32_t dtype; /* gemma4_dtype, like the next three */
+  int32_t post_weight_dtype;
+  int32_t pre_weight_dtype;
+  int32_t layer_scalar_dtype;
+} gemma4_sandwich_norm_arguments;
 
-/* What the calling thread's last failed call had to say; "" before the first. Valid until its next failed call. */
-GEMMA4_API const char* gemma4_last_error(void);
+GEMMA4_API gemma4_status gemma4_sandwich_norm(const gemma4_sandwich_norm_arguments* arguments, gemma4_stream stream);
 
-/* The architectures that there is machine code for, "80 86 89 90 120"; newer ones are compiled from PTX by the driver. */
-GEMMA4_API const char* gemma4_architectures(void);
-
-/* Kernels that the calling thread has launched through this library. */
-GEMMA4_API uint64_t gemma4_launches(void);
-
-/* GEMMA4_CUDA_ERROR if there is no driver, or one older than the CUDA release that this library was built with. */
-GEMMA4_API gemma4_status gemma4_check_driver(void);
-
-/* Bytes that gemma4_linear wants of a 16-byte aligned workspace on the current device; may be 0. */
-GEMMA4_API gemma4_status gemma4_linear_workspace(const gemma4_linear_arguments* arguments, size_t* bytes);
-
-GEMMA4_API gemma4_status gemma4_linear(const gemma4_linear_arguments* arguments, void* workspace, size_t workspace_bytes,
-                                       gemma4_stream stream);
-
-/* The fused forms, called the same way. */
-GEMMA4_API gemma4_status gemma4_linear_geglu_workspace(const gemma4_linear_geglu_arguments* arguments, size_t* bytes);
-GEMMA4_API gemma4_status gemma4_linear_geglu(const gemma4_linear_geglu_arguments* arguments, void* workspace,
-                                             size_t workspace_bytes, gemma4_stream stream);
-GEMMA4_API gemma4_status gemma4_linear_argmax_workspace(const gemma4_linear_argmax_arguments* arguments, size_t* bytes);
-GEMMA4_API gemma4_status gemma4_linear_argmax(const gemma4_linear_argmax_arguments* arguments, void* workspace,
-                                              size_t workspace_bytes, gemma4_stream stream);
-
-GEMMA4_API gemma4_status gemma4_embedding(const gemma4_embedding_arguments* arguments, gemma4_stream stream);
-
-/* Verification ------------------------------------------------------------------------------------------------------ */
+/* Verification ---------------------------------------------------------------------------------------------------------- */
 
 /* How drafts are accepted; docs/mtp.md has the methods, the filters and the noise. */
 typedef enum gemma4_method { GEMMA4_MATCH = 0, GEMMA4_REJECTION = 1, GEMMA4_BLOCK = 2 } gemma4_method;

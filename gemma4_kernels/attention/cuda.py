@@ -13,7 +13,7 @@ from torch import Tensor
 from gemma4_kernels.attention import value_codes
 from gemma4_kernels.backends import Call
 from gemma4_kernels.cuda_common import support
-from gemma4_kernels.cuda_common.arguments import address
+from gemma4_kernels.cuda_common.arguments import address, run
 from gemma4_kernels.op_support import DECODE_ROWS
 
 FLASH_HEAD_DIMS = (64, 128, 256)
@@ -82,7 +82,7 @@ def _flash_decode(
     arguments = module.FlashDecodeArguments(
         attention=call.attention, k=rows_of(module, k), left=left, right=right, softcap=softcap
     )
-    support.run(module.flash_decode, module.flash_decode_workspace, arguments, q.device)
+    run(module.flash_decode, module.flash_decode_workspace, arguments, q.device)
     return call.out, call.lse
 
 
@@ -110,7 +110,7 @@ def k_eq_v_attention(
         weight_dtype=support.DTYPE_CODES[k_norm_weight.dtype], inv_freq=inv_freq.data_ptr(),
         inv_freq_is_double=inv_freq.dtype == torch.float64, codes=codes, values_scale=scale_rows,
     )  # fmt: skip
-    support.run(module.k_eq_v_decode, module.k_eq_v_decode_workspace, arguments, q.device)
+    run(module.k_eq_v_decode, module.k_eq_v_decode_workspace, arguments, q.device)
     return call.out, call.lse
 
 

@@ -64,7 +64,7 @@ def _call(
         codes=0 if v_scale is None else CODES[value_codes.FEATURES[v_cache.dtype]],
         v_scale=address(v_scale), v_scale_strides=_scale_strides(v_scale),
     )  # fmt: skip
-    with stream_of(q) as stream:
+    with stream_of(q.device) as stream:
         getattr(module, function)(arguments, stream)
     return out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +28,18 @@ def readable(weight: Tensor | None) -> Tensor | None:
 
 
 @contextmanager
-def stream_of(tensor: Tensor) -> Iterator[int]:
-    """The current stream of the tensor's device, which is made the current device: 0 on a CPU."""
-    if tensor.device.type != "cuda":
+def stream_of(device: torch.device) -> Iterator[int]:
+    """The current stream of a device, which is made the current device: 0 on a CPU."""
+    if device.type != "cuda":
         yield 0
         return
-    with torch.cuda.device(tensor.device):
-        yield torch.cuda.current_stream(tensor.device).cuda_stream
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
+
+
+def run(function: Any, workspace_bytes: Any, arguments: Any, device: torch.device) -> None:
+    """A pair of functions of a compiled module, on the device's current stream, with the workspace that it asks for."""
+    with stream_of(device) as stream:
+        nbytes = workspace_bytes(arguments)
+        workspace = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        function(arguments, workspace.data_ptr(), nbytes, stream)

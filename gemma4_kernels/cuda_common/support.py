@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gemma4_kernels import backends, environment
+from gemma4_kernels import environment
 from gemma4_kernels.backends import Call
 from gemma4_kernels.op_support import refuses_architecture
 
@@ -51,23 +51,6 @@ def module_of(device: torch.device) -> Any | None:
     """The compiled module of this device, or None where none is built."""
     module = _load("_C" if device.type == "cuda" else "_C_emulated")
     return None if isinstance(module, str) else module
-
-
-def run(function: Any, workspace_bytes: Any, arguments: Any, device: torch.device) -> None:
-    """A pair of functions of a compiled module, on the device's current stream, with the workspace that it asks for."""
-    on_gpu = device.type == "cuda"
-    with torch.cuda.device(device if on_gpu else -1):
-        nbytes = workspace_bytes(arguments)
-        workspace = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-        function(arguments, workspace.data_ptr(), nbytes, stream)
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; those of the emulator on a CPU; 0 of what runs no compiled kernels."""
-    if device.type == "cpu":
-        return EMULATED_MULTIPROCESSORS
-    return backends.multiprocessors_of(device) if device.type == "cuda" else 0
 
 
 def describe() -> dict[str, str]:

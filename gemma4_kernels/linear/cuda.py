@@ -15,7 +15,7 @@ from torch import Tensor
 from gemma4_kernels import backends
 from gemma4_kernels.backends import Call
 from gemma4_kernels.cuda_common import support
-from gemma4_kernels.cuda_common.arguments import stream_of
+from gemma4_kernels.cuda_common.arguments import address, run, stream_of
 from gemma4_kernels.linear import cuda_table
 from gemma4_kernels.linear.schemes import SCHEMES
 from gemma4_kernels.linear.weight import QuantizedWeight
@@ -97,8 +97,8 @@ def quantized_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, re
     _call(
         "linear", "LinearArguments", x, weight=_fields(weight, x.device),
         pieces=_pieces("quantized_linear", weight, x.device), out=out.data_ptr(), out_stride=out.shape[1],
-        bias=_address(bias), bias_dtype=0 if bias is None else support.DTYPE_CODES[bias.dtype],
-        residual=_address(residual), residual_stride=out.shape[1] if residual is None else _step(residual),
+        bias=address(bias), bias_dtype=0 if bias is None else support.DTYPE_CODES[bias.dtype],
+        residual=address(residual), residual_stride=out.shape[1] if residual is None else _step(residual),
     )  # fmt: skip
     return out
 
@@ -135,10 +135,10 @@ def quantized_embedding(ids: Tensor, weight: QuantizedWeight, dtype: torch.dtype
     module = support.module_for(ids.device)
     arguments = module.EmbeddingArguments(
         weight=_fields(weight, ids.device), ids=ids.data_ptr(), ids_are_64_bit=ids.dtype == torch.int64, m=ids.shape[0],
-        columns=_address(weight.columns), out=out.data_ptr(), out_stride=out.shape[1],
+        columns=address(weight.columns), out=out.data_ptr(), out_stride=out.shape[1],
         dtype=support.DTYPE_CODES[dtype],
     )  # fmt: skip
-    with stream_of(ids) as stream:
+    with stream_of(ids.device) as stream:
         module.embedding(arguments, stream)
     return out
 
@@ -149,19 +149,19 @@ def _call(name: str, arguments_class: str, x: Tensor, **rest: Any) -> None:
     arguments = getattr(module, arguments_class)(
         x=x.data_ptr(), x_stride=_step(x), m=x.shape[0], dtype=support.DTYPE_CODES[x.dtype], **rest
     )
-    support.run(getattr(module, name), getattr(module, f"{name}_workspace"), arguments, x.device)
+    run(getattr(module, name), getattr(module, f"{name}_workspace"), arguments, x.device)
 
 
 def _fields(weight: QuantizedWeight, device: torch.device) -> Any:
     """A weight as the C interface takes it."""
     (N, K), layout = weight.shape, SCHEMES[weight.scheme]
     return support.module_for(device).Weight(
-        n=N, k=K, group_size=weight.group_size, codes=weight.codes.data_ptr(), high=_address(weight.high),
+        n=N, k=K, group_size=weight.group_size, codes=weight.codes.data_ptr(), high=address(weight.high),
         scales=weight.scales.data_ptr(),
-        scale_dtype=support.DTYPE_CODES.get(weight.scales.dtype, 0), zeros=_address(weight.zeros),
-        offsets=_address(weight.offsets), group_scales=_address(weight.group_scales), table=_address(weight.table),
-        scale_table=_address(weight.scale_table), scale_scales=_address(weight.scale_scales),
-        scale_offset=_address(weight.scale_offset), bits=layout.bits,
+        scale_dtype=support.DTYPE_CODES.get(weight.scales.dtype, 0), zeros=address(weight.zeros),
+        offsets=address(weight.offsets), group_scales=address(weight.group_scales), table=address(weight.table),
+        scale_table=address(weight.scale_table), scale_scales=address(weight.scale_scales),
+        scale_offset=address(weight.scale_offset), bits=layout.bits,
         values=_VALUES[layout.values], scale_kind=_SCALES[layout.scales], zero=layout.zero,
     )  # fmt: skip
 
@@ -179,10 +179,6 @@ def _step(rows: Tensor) -> int:
 def _with_rows_apart(rows: Tensor) -> Tensor:
     """Itself, unless its rows overlap, as those of an expanded tensor do."""
     return rows if _step(rows) >= rows.shape[1] else rows.contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _aligned_rows(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def sandwich_norm(
         pre_weight=address(pre), pre_weight_dtype=dtype_code(pre),
         layer_scalar=address(scalar), layer_scalar_dtype=dtype_code(scalar),
     )  # fmt: skip
-    with stream_of(x) as stream:
+    with stream_of(x.device) as stream:
         module.sandwich_norm(arguments, stream)
     return hidden, normed
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gemma4_kernels.cuda_common import support
-from gemma4_kernels.cuda_common.arguments import address
+from gemma4_kernels.cuda_common.arguments import address, run
 from gemma4_kernels.verification.outcome import Outcome
 
 _METHODS = {"match": 0, "rejection": 1, "block": 2}  # gemma4_method
@@ -51,7 +51,7 @@ def verify_drafts(
         hidden_row=results[3].data_ptr(), finished=flags[0].data_ptr(), refused=flags[1].data_ptr(),
         dtype=support.DTYPE_CODES[logits.dtype], method=_METHODS[method], stream=stream,
     )  # fmt: skip
-    support.run(module.verify, module.verify_workspace, arguments, device)
+    run(module.verify, module.verify_workspace, arguments, device)
     finished, refused = flags.view(torch.bool)
     return (tokens, *results, finished, refused)
 

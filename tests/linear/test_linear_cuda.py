@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from emulated import DTYPES, _emulate, needs_emulator  # noqa: F401
 from linear_products import assert_linear, cancelling, drawn
 from linear_weights import random_weight
 
@@ -16,20 +17,6 @@ from gemma4_kernels.bench.linear_cases import linear_cases
 from gemma4_kernels.cuda_common import support
 from gemma4_kernels.linear import cuda
 from gemma4_kernels.linear.schemes import SCHEMES
-
-emulated = support._load("_C_emulated")
-needs_emulator = pytest.mark.skipif(isinstance(emulated, str), reason=str(emulated))
-DTYPES = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def _emulate(monkeypatch):
-    monkeypatch.setenv("GEMMA4_EMULATE", "1")
-    backends._select.cache_clear()  # what is chosen is kept for the process, like the variable outside of tests
-    with use_backend("cuda"):
-        yield
-    backends._select.cache_clear()
-
 
 # Values -------------------------------------------------------------------------------------------------------------
 
