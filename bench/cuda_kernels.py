@@ -179,6 +179,7 @@ _OTHERS: tuple[tuple[str, str, int | None, int | None], ...] = (
     (r"6linear\S*?add_pieces_kernel", "linear sum of pieces", 4, 0),
     (r"6linear\S*?argmax_of_pieces_kernel", "linear argmax of pieces", 8, None),
     (r"6linear\S*?argmax_of_blocks_kernel", "linear argmax of blocks", 8, None),
+    (r"6linear\S*?embedding_kernel", "linear rows by token id", 4, 0),
     (r"9attention\S*?combine_kernel", "attention sum of chunks", 4, 0),
     (r"8prologue\S*?prologue_kernel", "attention prologue", 4, 0),
     (r"sandwich_norm_kernel", "sandwich norm", None, None),

@@ -21,7 +21,7 @@ __device__ __forceinline__ float largest_of(const float (&numbers)[kEight]) {
 template <int LANES>
 __device__ __forceinline__ float largest_of_lanes(float own) {
 #pragma unroll
-  for (int apart = LANES / 2; apart > 0; apart /= 2) own = fmaxf(own, __shfl_xor_sync(~0u, own, apart));
+  for (int apart = LANES / 2; apart > 0; apart /= 2) own = fmaxf(own, ptx::from_lane_across(own, apart));
   return own;
 }
 

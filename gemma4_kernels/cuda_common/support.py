@@ -53,6 +53,13 @@ def module_of(device: torch.device) -> Any | None:
     return None if isinstance(module, str) else module
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; those of the emulator on a CPU; 0 of what runs no compiled kernels."""
+    if device.type == "cpu":
+        return EMULATED_MULTIPROCESSORS
+    return backends.multiprocessors_of(device) if device.type == "cuda" else 0
+
+
 def describe() -> dict[str, str]:
     """For `gemma4-kernels info`: what each compiled module is."""
     found = {}

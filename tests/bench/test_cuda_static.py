@@ -226,6 +226,10 @@ def test_other_kernels_have_a_name_and_warps():
     found = {
         f"_ZN6gemma46linear{hidden}17add_pieces_kernelINS_3ptx4Bf16EEEvNS0_10ParametersEi": ("linear sum of pieces, Bf16", 4),
         f"_ZN6gemma46linear{hidden}23argmax_of_blocks_kernelENS0_10ParametersEi": ("linear argmax of blocks", 8),
+        f"_ZN6gemma46linear{hidden}16embedding_kernelINS_3ptx4Bf16EEEv26gemma4_embedding_argumentsb": (
+            "linear rows by token id, Bf16",
+            4,
+        ),
         f"_ZN6gemma48prologue{hidden}15prologue_kernelINS_4Fp32ELi32EEEvNS1_10ParametersE": ("attention prologue, Fp32, 32", 4),
         f"_ZN6gemma45norms{hidden}20sandwich_norm_kernelINS_3ptx4Fp16ELi2EEEvNS1_10ParametersE": (
             "sandwich norm, Fp16, 2",
