@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gemma4_kernels import environment
+from gemma4_kernels import backends, environment
 from gemma4_kernels.backends import Call
 from gemma4_kernels.op_support import refuses_architecture
 
