@@ -46,6 +46,13 @@ CASES = (
     "quantized_linear(m=16,n=64,k=768,scheme=Q4_K)",
     "quantized_linear(m=1,n=64,k=768,scheme=NF4)",
     "quantized_linear(m=9,n=64,k=768,scheme=IQ4_XS)",
+    "quantized_linear(m=3,n=64,k=512,scheme=NF4_NESTED)",
+    "quantized_linear(m=3,n=64,k=768,scheme=Q5_K)",
+    "quantized_linear(m=3,n=64,k=768,scheme=Q6_K)",
+    "quantized_linear(m=3,n=64,k=512,scheme=Q8_0)",
+    "flash_attn_with_kvcache(sq=2,lengths=130+40,left=31,right=0,page=16)",
+    "k_eq_v_attention(sq=1,sk=130,hkv=1,d=512)",
+    "k_eq_v_attention(sq=3,lengths=70+3,hq=8,hkv=1,d=128,page=16,cache=int8)",
 )
 
 
