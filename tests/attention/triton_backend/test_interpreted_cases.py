@@ -30,9 +30,10 @@ def narrowed(case: AttentionCase) -> AttentionCase:
 
 
 def cases() -> list[AttentionCase]:
-    """Every case at its own dtype, and at one of the other two in turn."""
+    """Every case that Triton serves, which values of 8 bits are not, at its own dtype, and at one of the other two in turn."""
     found = []
-    for number, case in enumerate(dict.fromkeys(map(narrowed, attention_cases()))):
+    served = [narrowed(case) for case in attention_cases() if not case.cache]
+    for number, case in enumerate(dict.fromkeys(served)):
         others = [dtype for dtype in ("fp16", "fp32", "bf16") if dtype != case.dtype]
         found += [case, replace(case, dtype=others[number % 2])]
     return list(dict.fromkeys(found))

@@ -148,7 +148,7 @@ def test_geglu_with_columns_in_another_order(monkeypatch):
     monkeypatch.setattr(tables, "splits", lambda *arguments: 1)
     order = torch.randperm(160, generator=torch.Generator().manual_seed(3)).to(torch.int32)
     gate, up = (replace(weight, columns=order) for weight in pair("GPTQ"))
-    assert geglu.alike(gate, up)
+    assert gate.is_stored_like(up)
     x = hidden(3, gate, torch.float16)
     assert_geglu(backend.quantized_geglu(x, gate, up), x, gate, up)
 
