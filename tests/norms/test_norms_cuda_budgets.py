@@ -24,8 +24,8 @@ MOST_REGISTERS = {
     # 1024 threads of a block must fit into 65536 registers; rows of up to 8192 numbers leave room for three blocks of 480.
     **{("sandwich_norm", dtype, 1): 48 for dtype in ("Bf16", "Fp16", "Fp32")},
     **{("sandwich_norm", dtype, 2): 64 for dtype in ("Bf16", "Fp16", "Fp32")},
-    # Eight blocks of four warps on a multiprocessor, enough to cover the latency of its memory.
-    # 7 blocks of 128 threads on a multiprocessor; sm_120 takes 66 of fp16 where the others take 64.
+    # Seven blocks of four warps on a multiprocessor, enough to cover the latency of its memory. sm_120 takes 66 of fp16, the
+    # others 64.
     **{("prologue", dtype, lanes): 72 for dtype in ("Bf16", "Fp16", "Fp32") for lanes in (16, 32)},
 }
 _KERNEL = re.compile(r"(sandwich_norm|prologue)_kernelIN\w*?(Bf16|Fp16|Fp32)ELi(\d+)E")
