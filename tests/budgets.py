@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from gemma4_kernels.bench.static import Reading
+import pytest
+
+from gemma4_kernels.bench import cuda_kernels
+from gemma4_kernels.bench.static import Reading, UnavailableError
 
 CONSUMER_BYTES = 101376
 """Shared memory of a block on consumer cards."""
+
+
+def compiled_cubins(architecture: str, *kernels: str) -> list[bytes]:
+    """The compiled module's cubins that hold one of these functions. Skips the test where the module has none."""
+    try:
+        found = cuda_kernels.machine_code(architecture)
+    except UnavailableError as reason:
+        pytest.skip(str(reason))
+    found = [cubin for cubin in found if any(kernel.encode() in cubin for kernel in kernels)]
+    return found or pytest.skip(f"the module has no machine code for {architecture}")
 
 
 def assert_fits(name: str, reading: Reading) -> None:

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from budgets import CONSUMER_BYTES, assert_nothing_in_local_memory
+from budgets import CONSUMER_BYTES, assert_nothing_in_local_memory, compiled_cubins
 
 from gemma4_kernels.bench import cards, sass, static
 
-_found = find_spec("gemma4_kernels._C")
-if _found is None or _found.origin is None:
-    pytest.skip("gemma4_kernels._C is not built", allow_module_level=True)
-if sass.cuobjdump() is None:
-    pytest.skip("cuobjdump is not installed", allow_module_level=True)
-MODULE = Path(_found.origin)
 _KERNEL = re.compile(r"flash_decode_kernelINS_3ptx4(?P<type>Bf16|Fp16)ELi(?P<dim>\d+)ELi(?P<tiles>\d)E")
 WARPS, SLOT_BYTES, TILE_ROWS = 4, 8192, 16
 
@@ -49,23 +40,14 @@ class Kernel(NamedTuple):
         return 1 if self.tiles == 4 else 2
 
 
-def machine_code(architecture: str, folder: Path) -> list[bytes]:
-    command = [sass.cuobjdump(), "-xelf", f"{architecture}.cubin", str(MODULE)]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    found = [path.read_bytes() for path in sorted(folder.glob("*.cubin"))]
-    return [cubin for cubin in found if b"flash_decode_kernel" in cubin]
-
-
 @pytest.fixture(scope="module", params=static.ARCHITECTURES)
-def readings(request, tmp_path_factory) -> dict[Kernel, static.Reading]:
+def readings(request) -> dict[Kernel, static.Reading]:
     found = {}
-    for cubin in machine_code(request.param, tmp_path_factory.mktemp(request.param)):
+    for cubin in compiled_cubins(request.param, "flash_decode_kernel"):
         compiled = static.CompiledKernel("flash_decode", request.param, cubin, warps=WARPS, main_loop="copies")
         for reading in static.read(compiled):
             match = _KERNEL.search(reading.function)
             found[Kernel(match["type"], int(match["dim"]), int(match["tiles"]))] = reading
-    if not found:
-        pytest.skip(f"the module has no machine code for {request.param}")
     return found
 
 

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from budgets import CONSUMER_BYTES, assert_nothing_in_local_memory
+from budgets import CONSUMER_BYTES, assert_nothing_in_local_memory, compiled_cubins
 
 from gemma4_kernels.bench import cards, sass, static
 
-_found = find_spec("gemma4_kernels._C")
-if _found is None or _found.origin is None:
-    pytest.skip("gemma4_kernels._C is not built", allow_module_level=True)
-if sass.cuobjdump() is None:
-    pytest.skip("cuobjdump is not installed", allow_module_level=True)
-MODULE = Path(_found.origin)
 _KERNEL = re.compile(
     r"k_eq_v_kernelINS1_10(?P<cache>Plain|Coded)CacheINS_3ptx4(?P<type>Bf16|Fp16)E(NS1_\d(?P<codes>Float8|Int8)E)?Li\d+EEELi(?P<dim>\d+)E"
 )
@@ -36,22 +27,13 @@ def shared_bytes(head_dim: int) -> int:
     return 2 * KEYS * 2 * head_dim + WARPS * 32 * KEYS * 4 + 32 * KEYS * 2 + 32 * 4 + 2 * head_dim // 16 + 16
 
 
-def machine_code(architecture: str, folder: Path) -> list[bytes]:
-    command = [sass.cuobjdump(), "-xelf", f"{architecture}.cubin", str(MODULE)]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    found = [path.read_bytes() for path in sorted(folder.glob("*.cubin"))]
-    return [cubin for cubin in found if b"k_eq_v_kernel" in cubin]
-
-
 @pytest.fixture(scope="module", params=static.ARCHITECTURES)
-def readings(request, tmp_path_factory) -> dict[Kernel, static.Reading]:
+def readings(request) -> dict[Kernel, static.Reading]:
     found = {}
-    for cubin in machine_code(request.param, tmp_path_factory.mktemp(request.param)):
+    for cubin in compiled_cubins(request.param, "k_eq_v_kernel"):
         for reading in static.read(static.CompiledKernel("k_eq_v", request.param, cubin, warps=WARPS)):
             match = _KERNEL.search(reading.function)
             found[Kernel(match["type"], int(match["dim"]), match["codes"])] = reading
-    if not found:
-        pytest.skip(f"the module has no machine code for {request.param}")
     return found
 
 

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-from budgets import assert_nothing_in_local_memory
+from budgets import assert_nothing_in_local_memory, compiled_cubins
 
 from gemma4_kernels.bench import sass, static
-
-_found = find_spec("gemma4_kernels._C")
-if _found is None or _found.origin is None:
-    pytest.skip("gemma4_kernels._C is not built", allow_module_level=True)
-if sass.cuobjdump() is None:
-    pytest.skip("cuobjdump is not installed", allow_module_level=True)
-MODULE = Path(_found.origin)
 
 # (kernel, type, numbers that tell its instances apart): the most registers of a thread.
 MOST_REGISTERS = {
@@ -31,25 +21,15 @@ MOST_REGISTERS = {
 _KERNEL = re.compile(r"(sandwich_norm|prologue)_kernelIN\w*?(Bf16|Fp16|Fp32)ELi(\d+)E")
 
 
-def machine_code(architecture: str, folder: Path) -> list[bytes]:
-    """The cubins of the module's files that have one of these kernels."""
-    command = [sass.cuobjdump(), "-xelf", f"{architecture}.cubin", str(MODULE)]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    found = [path.read_bytes() for path in sorted(folder.glob("*.cubin"))]
-    return [cubin for cubin in found if b"sandwich_norm_kernel" in cubin or b"prologue_kernel" in cubin]
-
-
 @pytest.fixture(scope="module", params=static.ARCHITECTURES)
-def kernels(request, tmp_path_factory) -> dict[tuple, tuple[static.Reading, str]]:
+def kernels(request) -> dict[tuple, tuple[static.Reading, str]]:
     """(kernel, type, number) -> its reading, and its instructions as text."""
     found = {}
-    for cubin in machine_code(request.param, tmp_path_factory.mktemp(request.param)):
+    for cubin in compiled_cubins(request.param, "sandwich_norm_kernel", "prologue_kernel"):
         listings = sass.parse_listing(sass.disassemble(cubin))
         for reading in static.read(static.CompiledKernel("norms", request.param, cubin)):
             kernel, dtype, number = _KERNEL.search(reading.function).groups()
             found[kernel, dtype, int(number)] = reading, "\n".join(map(str, listings[reading.function]))
-    if not found:
-        pytest.skip(f"the module has no machine code for {request.param}")
     return found
 
 

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from budgets import assert_nothing_in_local_memory
+from budgets import assert_nothing_in_local_memory, compiled_cubins
 
 from gemma4_kernels.bench import sass, static
 
-_found = find_spec("gemma4_kernels._C")
-if _found is None or _found.origin is None:
-    pytest.skip("gemma4_kernels._C is not built", allow_module_level=True)
-if sass.cuobjdump() is None:
-    pytest.skip("cuobjdump is not installed", allow_module_level=True)
 _KERNEL = re.compile(
     r"verification\S*?\d(?P<kernel>tiles|survey|rows|residuals)_kernelINS0_10(?P<dtype>Bf16|Fp16|Fp32)Logits"
 )
@@ -41,20 +33,13 @@ class Code(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=static.ARCHITECTURES)
-def codes(request, tmp_path_factory) -> dict[Kernel, Code]:
-    folder = tmp_path_factory.mktemp(request.param)
-    command = [sass.cuobjdump(), "-xelf", f"{request.param}.cubin", str(Path(_found.origin))]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+def codes(request) -> dict[Kernel, Code]:
     found = {}
-    for path in sorted(folder.glob("*.cubin")):
-        if b"12verification" not in path.read_bytes():
-            continue
-        listings = sass.parse_listing(sass.disassemble(path.read_bytes()))
-        for reading in static.read(static.CompiledKernel(path.name, request.param, path.read_bytes())):
+    for cubin in compiled_cubins(request.param, "12verification"):
+        listings = sass.parse_listing(sass.disassemble(cubin))
+        for reading in static.read(static.CompiledKernel("verification", request.param, cubin)):
             if match := _KERNEL.search(reading.function):
                 found[Kernel(match["kernel"], match["dtype"])] = Code(reading, listings[reading.function])
-    if not found:
-        pytest.skip(f"the module has no machine code for {request.param}")
     return found
 
 
