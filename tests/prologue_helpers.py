@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -119,3 +119,43 @@ KINDS = {
 }
 GEMMA = {"sliding": {"hq": 16, "hkv": 8, "d": 256}, "full": {"hq": 16, "hkv": 1, "d": 512}}
 """The shapes of the 12B."""
+
+
+def assert_rows_keep_their_bits_alone(layer: Layer) -> None:
+    """Each row of a batch of 2 x 5 has the bits that it has alone, with B and S having changed places in memory."""
+    caches = layer.caches(12)
+    out, rows = layer.append(caches), written(caches, layer)
+    for request in range(2):
+        for row in range(5):
+            one = (slice(request, request + 1), slice(row, row + 1))
+            q, k, v = (x[one].transpose(0, 1).contiguous().transpose(0, 1) for x in (layer.q, layer.k, layer.v))
+            alone = replace(
+                layer, q=q, k=k, v=k if layer.k_eq_v else v, cos=layer.cos[one], sin=layer.sin[one],
+                lengths=torch.tensor([2]),
+            )  # fmt: skip
+            single = alone.caches(4)
+            assert torch.equal(alone.append(single), out[one])
+            for got, want in zip(single, rows, strict=True):
+                assert torch.equal(got[:, 2:3], want[one])
+
+
+def assert_leaves_out_rows_beyond(
+    backend: Any, layer: Layer, lengths: list[int], table: list[list[int]] | None, kept: list[int]
+) -> Tensor:
+    """Calls a backend's own function, which nobody checked numbers for: of each request so many rows are written, and nothing
+    else of a larger tensor. Returns q."""
+    caches = layer.caches(8, fill=3.0)
+    guarded = [torch.full((6, *cache.shape[1:]), 3.0, dtype=cache.dtype) for cache in caches]
+    inner = [whole[2:4] if table is None else whole[2:4].view(4, 4, *whole.shape[2:]) for whole in guarded]
+    block_table = None if table is None else torch.tensor(table)
+    name = "k_eq_v_norm_rope_append" if layer.k_eq_v else "qkv_norm_rope_append"
+    raw = (layer.q, layer.k, layer.q_weight) if layer.k_eq_v else (
+        layer.q, layer.k, layer.v, layer.q_weight, layer.k_weight
+    )  # fmt: skip
+    out: Tensor = getattr(backend, name)(*raw, layer.cos, layer.sin, *inner, torch.tensor(lengths), block_table, 1e-6)
+    for whole in guarded:
+        changed = (whole != 3.0).any(dim=-1).any(dim=-1)  # (6, 8)
+        assert not changed[:2].any()
+        assert not changed[4:].any()
+        assert int(changed.sum()) == sum(kept)
+    return out

@@ -6,7 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from prologue_helpers import DTYPES, GEMMA, KINDS, full_layer, sliding_layer, with_exact_sums, written
+from prologue_helpers import (
+    DTYPES,
+    GEMMA,
+    KINDS,
+    assert_rows_keep_their_bits_alone,
+    full_layer,
+    sliding_layer,
+    with_exact_sums,
+    written,
+)
 
 from gemma4_kernels import (
     BackendError,
@@ -173,22 +182,7 @@ def test_pages_hold_what_a_contiguous_cache_holds(kind, integers):
 
 @kinds
 def test_row_bits_do_not_depend_on_the_batch_or_on_strides(kind):
-    layer = KINDS[kind](torch.bfloat16, rows=5)
-    caches = layer.caches(12)
-    out, rows = layer.append(caches), written(caches, layer)
-    for request in range(2):
-        for row in range(5):
-            one = (slice(request, request + 1), slice(row, row + 1))
-            # Rows of B and S change places in memory, and each row is called alone.
-            q, k, v = (x[one].transpose(0, 1).contiguous().transpose(0, 1) for x in (layer.q, layer.k, layer.v))
-            alone = replace(
-                layer, q=q, k=k, v=k if layer.k_eq_v else v, cos=layer.cos[one], sin=layer.sin[one],
-                lengths=torch.tensor([2]),
-            )  # fmt: skip
-            single = alone.caches(4)
-            assert torch.equal(alone.append(single), out[one])
-            for got, want in zip(single, rows, strict=True):
-                assert torch.equal(got[:, 2:3], want[one])
+    assert_rows_keep_their_bits_alone(KINDS[kind](torch.bfloat16, rows=5))
 
 
 @kinds

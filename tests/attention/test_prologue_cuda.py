@@ -7,7 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 from emulated import _emulate, needs_emulator  # noqa: F401
-from prologue_helpers import DTYPES, GEMMA, KINDS, full_layer, sliding_layer, with_exact_sums, written
+from prologue_helpers import (
+    DTYPES,
+    GEMMA,
+    KINDS,
+    assert_leaves_out_rows_beyond,
+    assert_rows_keep_their_bits_alone,
+    full_layer,
+    sliding_layer,
+    with_exact_sums,
+    written,
+)
 
 from gemma4_kernels import BackendError, RingCache, explain, k_eq_v_attention, use_backend
 from gemma4_kernels.attention import prologue_cuda, value_codes
@@ -200,41 +210,14 @@ def test_strides_are_taken_as_they_are(kind, shift):
 def test_the_kernel_leaves_out_rows_beyond_the_cache(kind, lengths, table, kept):
     """What a GPU call may hold unnoticed, as the host does not look at its numbers."""
     layer = KINDS[kind](torch.bfloat16)
-    caches = layer.caches(8, fill=3.0)
-    guarded = [torch.full((6, *cache.shape[1:]), 3.0, dtype=cache.dtype) for cache in caches]
-    inner = [whole[2:4] if table is None else whole[2:4].view(4, 4, *whole.shape[2:]) for whole in guarded]
-    block_table = None if table is None else torch.tensor(table)
-    name = "k_eq_v_norm_rope_append" if layer.k_eq_v else "qkv_norm_rope_append"
-    raw = (layer.q, layer.k, layer.q_weight) if layer.k_eq_v else (
-        layer.q, layer.k, layer.v, layer.q_weight, layer.k_weight
-    )  # fmt: skip
-    out = getattr(prologue_cuda, name)(*raw, layer.cos, layer.sin, *inner, torch.tensor(lengths), block_table, 1e-6)
+    out = assert_leaves_out_rows_beyond(prologue_cuda, layer, lengths, table, kept)
     assert torch.equal(out, layer.append(layer.caches(8)))
-    for whole in guarded:
-        changed = (whole != 3.0).any(dim=-1).any(dim=-1)  # (6, 8)
-        assert not changed[:2].any()
-        assert not changed[4:].any()
-        assert int(changed.sum()) == sum(kept)
 
 
 @kinds
 @dtypes
 def test_row_bits_do_not_depend_on_the_batch(kind, dtype):
-    layer = KINDS[kind](dtype, rows=5)
-    caches = layer.caches(12)
-    out, rows = layer.append(caches), written(caches, layer)
-    for request in range(2):
-        for row in range(5):
-            one = (slice(request, request + 1), slice(row, row + 1))
-            q, k, v = (x[one].transpose(0, 1).contiguous().transpose(0, 1) for x in (layer.q, layer.k, layer.v))
-            alone = replace(
-                layer, q=q, k=k, v=k if layer.k_eq_v else v, cos=layer.cos[one], sin=layer.sin[one],
-                lengths=torch.tensor([2]),
-            )  # fmt: skip
-            single = alone.caches(4)
-            assert torch.equal(alone.append(single), out[one])
-            for got, want in zip(single, rows, strict=True):
-                assert torch.equal(got[:, 2:3], want[one])
+    assert_rows_keep_their_bits_alone(KINDS[kind](dtype, rows=5))
 
 
 @kinds
